@@ -1,0 +1,196 @@
+"""Checks that need more than one key, or the number of processes; all mistakes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from litespark.config.schema import RunConfig
+from litespark.errors import UserError, raise_user_errors
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Raise every mistake that `validate` finds, together.
+
+    Raises:
+        UserError: the configuration cannot run on `world_size` processes.
+    """
+    raise_user_errors(validate(config, world_size))
+
+
+def validate(config: RunConfig, world_size: int) -> list[UserError]:
+    """All mistakes of a configuration that is to run on `world_size` processes."""
+    return [
+        *_check_degrees(config, world_size),
+        *_check_model(config),
+        *_check_pipeline(config, world_size),
+        *_check_batch(config, world_size),
+        *_check_lengths(config),
+        *_check_training(config),
+    ]
+
+
+def _check_degrees(config: RunConfig, world_size: int) -> Iterator[UserError]:
+    parallel = config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    degrees = (
+        f"parallel.tensor x pipeline x context = "
+        f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}"
+    )
+    if world_size < model_ranks or world_size % model_ranks:
+        yield UserError(
+            degrees,
+            f"does not divide the number of processes, {world_size}",
+            f"Start a multiple of {model_ranks} processes (--nproc {model_ranks}), "
+            "or change a degree.",
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        yield UserError(
+            "parallel.sequence = true",
+            "splits the sequence over tensor-parallel ranks, and parallel.tensor is 1",
+            "Set parallel.sequence=false, or parallel.tensor above 1.",
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        yield UserError(
+            "parallel.overlap_param_gather = true",
+            "needs parallel.distributed_optimizer and parallel.overlap_grad_reduce",
+            "Set both to true, or this to false.",
+        )
+
+
+def _check_model(config: RunConfig) -> Iterator[UserError]:
+    model, tensor = config.model, config.parallel.tensor
+    if model.num_attention_heads % model.num_query_groups:
+        yield UserError(
+            f"model.num_query_groups = {model.num_query_groups}",
+            f"does not divide model.num_attention_heads = {model.num_attention_heads}",
+            "Give a divisor of the number of heads.",
+        )
+    if model.head_dim % 2:
+        yield UserError(
+            f"model.head_dim = {model.head_dim}",
+            "is odd, and RoPE rotates pairs",
+            "Give an even head size.",
+        )
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if value % tensor:
+            yield UserError(
+                f"model.{name} = {value}",
+                f"is not divisible by parallel.tensor = {tensor}",
+                f"Choose a tensor-parallel size that divides {value}.",
+            )
+    if model.num_query_groups % tensor and tensor % model.num_query_groups:
+        yield UserError(
+            f"model.num_query_groups = {model.num_query_groups}",
+            f"neither divides parallel.tensor = {tensor} nor is divided by it",
+            "Choose a tensor-parallel size that divides it, or a multiple of it.",
+        )
+    if model.padded_vocab_size % tensor:
+        yield UserError(
+            f"model.vocab_size = {model.vocab_size}",
+            f"padded to {model.padded_vocab_size} it is not divisible by "
+            f"parallel.tensor = {tensor}",
+            f"Set model.vocab_padding_multiple to a multiple of {tensor}, e.g. 128.",
+        )
+
+
+def _check_pipeline(config: RunConfig, world_size: int) -> Iterator[UserError]:
+    parallel, layers = config.parallel, config.model.num_layers
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield UserError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline}",
+            "interleaves pipeline stages, and parallel.pipeline is 1",
+            "Set parallel.pipeline above 1, or virtual_pipeline to 1.",
+        )
+    if layers % chunks:
+        yield UserError(
+            f"model.num_layers = {layers}",
+            f"is not divisible by parallel.pipeline x virtual_pipeline = {chunks}",
+            f"Choose degrees whose product divides {layers}.",
+        )
+    micro_batches = _micro_batches(config, world_size)
+    if parallel.virtual_pipeline > 1 and micro_batches and micro_batches % parallel.pipeline:
+        yield UserError(
+            f"batch.global = {config.batch.global_}",
+            f"makes {micro_batches} micro-batches a rank, and the interleaved schedule needs a "
+            f"multiple of parallel.pipeline = {parallel.pipeline}",
+            "Change batch.global or batch.micro.",
+        )
+
+
+def _micro_batches(config: RunConfig, world_size: int) -> int | None:
+    """Micro-batches of a rank in one step, or None when the batch does not divide."""
+    samples = config.batch.micro * max(1, config.data_parallel_size(world_size))
+    return None if config.batch.global_ % samples else config.batch.global_ // samples
+
+
+def _check_batch(config: RunConfig, world_size: int) -> Iterator[UserError]:
+    if _micro_batches(config, world_size) is None:
+        replicas = max(1, config.data_parallel_size(world_size))
+        yield UserError(
+            f"batch.global = {config.batch.global_}",
+            f"is not divisible by batch.micro x data-parallel size = "
+            f"{config.batch.micro} x {replicas}",
+            f"Give a multiple of {config.batch.micro * replicas}.",
+        )
+
+
+def _check_lengths(config: RunConfig) -> Iterator[UserError]:
+    length, parallel = config.data.sequence_length, config.parallel
+    if length > config.model.max_sequence_length:
+        yield UserError(
+            f"data.sequence_length = {length}",
+            f"is above model.max_sequence_length = {config.model.max_sequence_length}",
+            "Shorten the samples or raise the model's limit.",
+        )
+    # Context parallelism gives each rank two chunks of the sequence so that causal work is even.
+    divisor = parallel.context * (2 if parallel.context > 1 else 1)
+    divisor *= parallel.tensor if parallel.sequence else 1
+    if length % divisor:
+        yield UserError(
+            f"data.sequence_length = {length}",
+            f"is not divisible by {divisor} (2 x context, x tensor under sequence parallelism)",
+            f"Give a multiple of {divisor}.",
+        )
+    if not config.data.blend:
+        yield UserError("data.blend = []", "names no corpus", "Give at least one prefix.")
+    if min(config.data.split) < 0 or config.data.split[0] <= 0:
+        yield UserError(
+            f"data.split = {list(config.data.split)}",
+            "needs a training share above 0 and no negative share",
+            "Write e.g. [99, 1, 0].",
+        )
+
+
+def _check_training(config: RunConfig) -> Iterator[UserError]:
+    training, schedule = config.training, config.schedule
+    if (training.steps is None) == (training.tokens is None):
+        yield UserError(
+            f"training.steps = {training.steps}, training.tokens = {training.tokens}",
+            "exactly one of the two says how long to train",
+            "Give one and leave out the other.",
+        )
+        return
+    if schedule.warmup_steps > config.total_steps:
+        yield UserError(
+            f"schedule.warmup_steps = {schedule.warmup_steps}",
+            f"is above the run's {config.total_steps} steps",
+            "Shorten the warm-up or train longer.",
+        )
+    if schedule.min_lr > config.optimizer.lr:
+        yield UserError(
+            f"schedule.min_lr = {schedule.min_lr}",
+            f"is above optimizer.lr = {config.optimizer.lr}",
+            "Give a floor below the peak.",
+        )
+    if training.eval_every is not None and config.data.split[1] <= 0:
+        yield UserError(
+            f"training.eval_every = {training.eval_every}",
+            "evaluates, and data.split leaves nothing for validation",
+            "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
