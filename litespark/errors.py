@@ -22,9 +22,13 @@ class ExitCode(IntEnum):
 
 
 class LitesparkError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with.
+
+    `on_every_rank` says that all processes of the job raise it alike, so that one message is enough.
+    """
 
     exit_code: ExitCode = ExitCode.FAILED
+    on_every_rank: bool = False
 
 
 class UserError(LitesparkError):
@@ -69,12 +73,14 @@ class GuardError(LitesparkError):
     """A guard ended the run; the message is the reason and stands in the last line printed."""
 
     exit_code = ExitCode.ENDED_BY_GUARD
+    on_every_rank = True
 
 
 class StoppedBySignal(LitesparkError):
     """A signal asked for the stop and the state has been saved."""
 
     exit_code = ExitCode.STOPPED_BY_SIGNAL
+    on_every_rank = True
 
 
 class MissingExtraError(UserError):

@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face: one table per model family, and the export that reads it."""

@@ -1,0 +1,141 @@
+"""What an exported folder holds beside the weights, and how the folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from litespark.checkpoint.run_state import RunState
+from litespark.data.tokenizers import Tokenizer
+from litespark.errors import UserError
+from litespark.utils.files import (
+    atomic_write,
+    fsync_folder,
+    rename_durably,
+    temporary_name,
+    write_text_atomically,
+)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends, or vanishes if it raises.
+
+    Raises:
+        UserError: `folder` is taken: it holds something, or is a file.
+    """
+    refuse_taken(folder)
+    final = Path(os.path.realpath(folder))  # a link to an empty folder stays a link
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_folder(temporary)
+        rename_durably(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_taken(folder: Path) -> None:
+    """Refuse a folder in which something would be overwritten.
+
+    Raises:
+        UserError: `folder` holds something, or is a file.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        raise UserError(
+            str(folder),
+            "is not empty" if folder.is_dir() else "is a file",
+            "Give a folder that does not exist yet.",
+        )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file as the Hugging Face tools lay it out."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, model_max_length: int) -> None:
+    """Copy the tokenizer's files, under the names that transformers looks for."""
+    for source in reversed(tokenizer.files):  # the model file comes first: it wins over a namesake
+        is_model = source == tokenizer.path
+        name = f"tokenizer{source.suffix}" if is_model else source.name
+        with atomic_write(folder / name) as file:
+            file.write(source.read_bytes())
+    config = folder / TOKENIZER_CONFIG
+    if tokenizer.path.suffix == ".json" and not config.exists():
+        write_json(config, _tokenizer_config(tokenizer, model_max_length))
+
+
+def _tokenizer_config(tokenizer: Tokenizer, model_max_length: int) -> dict[str, Any]:
+    """Without it transformers takes the tokenizer class of the model, which alters the splitting."""
+    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+    token_of = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model_max_length,
+        **{field: token_of[number] for field, number in named.items() if number in token_of},
+    }
+
+
+def model_card(state: RunState, num_parameters: int, dtype_name: str) -> str:
+    """README.md: what is known about the model without asking anybody."""
+    model = state.model_config()
+    versions = ", ".join(f"{name} {number}" for name, number in state.versions.items())
+    rows = {
+        "architecture": "LlamaForCausalLM",
+        "parameters": f"{num_parameters:,}",
+        "layers": model.num_layers,
+        "hidden size": model.hidden_size,
+        "feed-forward size": model.ffn_hidden_size,
+        "query heads / key-value heads": f"{model.num_attention_heads} / {model.num_query_groups}",
+        "head size": model.head_dim,
+        "vocabulary": model.vocab_size,
+        "longest sequence": f"{model.max_sequence_length} tokens",
+        "tied embeddings": "yes" if model.tie_embeddings else "no",
+        "format of the weights": dtype_name,
+        "precision in training": state.precision,
+        "optimizer steps": f"{state.step:,}",
+        "training tokens": f"{state.tokens:,}",
+        "trained with": versions,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- litespark
+---
+
+# Model card
+
+A language model trained with Litespark and exported from its checkpoint of step {state.step}.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+
+Not stated here, because the checkpoint does not know it: licence, training data, intended use,
+evaluation, limits.
+"""

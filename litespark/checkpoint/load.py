@@ -1,0 +1,43 @@
+"""Reads a checkpoint into the model and optimizer of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from litespark.checkpoint.folder import STATE
+from litespark.checkpoint.run_state import RunState
+from litespark.checkpoint.sharded import bare_model, load_sharded, model_state, run_tensors
+
+
+def load_checkpoint(
+    checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
+) -> RunState:
+    """Load model and optimizer; all ranks call it together.
+
+    The fp32 masters come from the checkpoint: copying the model's bf16 weights over them, as is
+    right when weights are loaded alone, would lose their lower bits.
+
+    Raises:
+        UserError: the checkpoint cannot be read or does not fit.
+    """
+    loaded = load_sharded(run_tensors(chunks, optimizer, is_loading=True), checkpoint / STATE)
+    for number, chunk in enumerate(chunks):
+        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return RunState.read(checkpoint)
+
+
+def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunState:
+    """Load the model alone, for export and generation; all ranks call it together.
+
+    Raises:
+        UserError: the checkpoint cannot be read or does not fit.
+    """
+    loaded = load_sharded(model_state(chunks), checkpoint / STATE)
+    for number, chunk in enumerate(chunks):
+        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
+    return RunState.read(checkpoint)

@@ -1,0 +1,49 @@
+"""Writes a checkpoint: all ranks their shards, the first rank the rest, then the name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.serialization import save
+from megatron.core.optimizer import MegatronOptimizer
+
+from litespark.checkpoint.folder import CONFIG, STATE, checkpoint_name, publish_checkpoint
+from litespark.checkpoint.run_state import FILE_NAME, RunState
+from litespark.checkpoint.sharded import run_tensors
+from litespark.utils.files import fsync_folder, write_text_atomically
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    state: RunState,
+    config_yaml: str,
+) -> Path:
+    """Write the checkpoint of `state.step` below `checkpoints`; all ranks call it together.
+
+    Everything goes to a temporary folder, is forced to disk, and only then renamed: whoever is
+    killed at whatever moment leaves the older checkpoints and no incomplete one.  The shards'
+    writer forces each file itself.
+    """
+    temporary = checkpoints / f".{checkpoint_name(state.step)}.writing"
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / STATE).mkdir(parents=True)
+    dist.barrier()
+    save(run_tensors(chunks, optimizer, is_loading=False), str(temporary / STATE))
+    final = checkpoints / checkpoint_name(state.step)
+    dist.barrier()
+    if is_first:
+        write_text_atomically(temporary / CONFIG, config_yaml)
+        write_text_atomically(temporary / FILE_NAME, state.to_json())
+        for folder in (temporary / STATE, temporary):
+            fsync_folder(folder)
+        final = publish_checkpoint(temporary, checkpoints, state.step)
+    dist.barrier()
+    return final

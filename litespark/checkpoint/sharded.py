@@ -1,0 +1,85 @@
+"""The run's tensors as megatron-core's sharded state, which loads at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import Float16Module
+
+from litespark.errors import UserError
+
+
+def bare_model(chunk: torch.nn.Module) -> Any:
+    """The model inside DDP's and the half-precision wrapper.
+
+    DDP prefixes the keys of its sharded state with `module.` but loads without the prefix, so
+    state is always exchanged with the model itself.
+    """
+    while hasattr(chunk, "module") and not hasattr(chunk, "decoder"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How to shard: every optimizer state as a tensor of its parameter's shape.
+
+    Of megatron-core 0.16's formats only this one loads at other tensor and pipeline degrees.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Sharded state of this rank's model chunks, one entry a chunk."""
+    metadata = sharding_metadata()
+    return {
+        f"model{number}": bare_model(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def run_tensors(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    """Sharded state of model and optimizer."""
+    state = model_state(chunks)
+    # The optimizer's keys follow from the model's, which it must not alter: a state of its own.
+    state["optimizer"] = optimizer.sharded_state_dict(
+        model_state(chunks), is_loading=is_loading, metadata=sharding_metadata()
+    )
+    return state
+
+
+def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read the tensors that `state` describes.
+
+    Raises:
+        UserError: the folder cannot be read, or lacks tensors, or holds others.
+    """
+    with _reporting(folder):
+        return load(state, str(folder), strict="raise_unexpected")  # type: ignore[return-value]
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    """megatron-core's CheckpointingException derives from BaseException and slips past handlers."""
+    try:
+        yield
+    except CheckpointingException as error:
+        raise UserError(
+            str(folder),
+            f"cannot be loaded into this model ({error})",
+            "Take another checkpoint, or the configuration this one was written with.",
+        ) from error
+

@@ -1,0 +1,102 @@
+"""`litespark generate`: continue a text with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+
+from litespark.errors import ExitCode, UserError
+
+_DESCRIPTION = """\
+Load a checkpoint into this process, on the GPU if there is one, and continue a text.  Prints the
+prompt and what follows it; stops at the end-of-text token or after --max-new-tokens.
+"""
+
+_EPILOG = """\
+examples:
+  litespark generate runs/tiny --prompt "Once upon a time"
+  litespark generate runs/tiny --prompt "1 2 3" --temperature 0 --max-new-tokens 16
+  litespark generate runs/tiny --prompt "The" --temperature 1 --top-k 50 --top-p 0.95 --seed 7
+
+exit codes: 0 done, 2 the checkpoint, the prompt or an option is wrong, 1 anything else.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand's parser."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text with a trained model",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a step_... folder; of a run's folder or its checkpoints folder, the newest is taken",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="how many tokens to add at most (default: 64)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="divides the logits: below 1 likely tokens become likelier; 0 always takes the "
+        "likeliest (default: 0.8)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw only from the likeliest tokens that together have probability P (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of the draws; same seed, same text "
+        "(default: 1234)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer folder or file (default: the run's data.tokenizer)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    from litespark.checkpoint.folder import find_checkpoint
+    from litespark.checkpoint.run_state import RunState
+    from litespark.data.tokenizers import load_tokenizer
+    from litespark.models.generate import Sampling, generate
+    from litespark.training.single import load_model, single_process
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    path = args.tokenizer or RunState.read(checkpoint).data.get("tokenizer")
+    if path is None:
+        raise UserError(
+            str(checkpoint), "names no data.tokenizer", "Give one with --tokenizer PATH."
+        )
+    tokenizer = load_tokenizer(path)
+    prompt = tokenizer.encode(args.prompt)
+    with single_process():
+        model, _ = load_model(checkpoint)
+        new_ids = generate(
+            model,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+        )
+    print(tokenizer.decode([*prompt, *new_ids]))  # noqa: T201
+    return ExitCode.DONE

@@ -1,0 +1,101 @@
+"""`litespark train`: train a model, or with --dry-run say what would be done."""
+
+from __future__ import annotations
+
+import argparse
+
+from litespark.config.load import dump_config, load_config
+from litespark.config.schema import RunConfig
+from litespark.errors import ExitCode, UserError
+from litespark.parallel.layout import RankLayout
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand's parser."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model from a YAML configuration",
+        description="Train a model. The run's folder (run.output_dir) gets config.yaml, "
+        "metrics.jsonl, tensorboard/ and checkpoints/. Started again with the same command, it "
+        "resumes from the newest checkpoint, also at another parallel layout.",
+        epilog="Examples: litespark train run.yaml --nproc 4 parallel.tensor=2 parallel.pipeline=2"
+        "   |   torchrun --nnodes 2 --nproc-per-node 8 ... -m litespark train run.yaml",
+        # Options may stand between overrides, and an override may hold a minus sign.
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see examples/")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="values that replace the file's, e.g. optimizer.lr=3e-4",
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="start N processes on this machine (default: one, in this process); under torchrun "
+        "the processes are there already and --nproc is not given",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the resolved configuration and the layout, train nothing",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    from litespark.parallel.environment import world_size_from_environment
+
+    try:
+        config = load_config(args.config, args.overrides)
+    except UserError as error:
+        error.on_every_rank = True  # every process of a launcher reads the same file
+        raise
+    launched_world_size = world_size_from_environment()
+    if args.nproc is not None and args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc}", "is no number of processes", "Give 1 or more.")
+    if args.nproc is not None and launched_world_size is not None:
+        raise UserError(
+            f"--nproc {args.nproc}",
+            f"a launcher has started {launched_world_size} processes already (WORLD_SIZE is set)",
+            "Leave out --nproc under torchrun.",
+        )
+    if args.dry_run:
+        return _dry_run(config, launched_world_size or args.nproc or 1)
+    if launched_world_size is None and (args.nproc or 1) > 1:
+        return _launch(config, args)
+    from litespark.training.run import run_training
+
+    run_training(config)
+    return ExitCode.DONE
+
+
+def _launch(config: RunConfig, args: argparse.Namespace) -> int:
+    """Find mistakes here, where they cost a second and one message, then start the processes."""
+    from litespark.training.preflight import preflight
+
+    preflight(config, args.nproc)
+    from litespark.training.launch import launch
+
+    return launch(args.nproc, ["train", args.config, *args.overrides])
+
+
+def _dry_run(config: RunConfig, world_size: int) -> int:
+    from litespark.training.preflight import preflight
+
+    checked = preflight(config, world_size)
+    layout = RankLayout.of(config.parallel, world_size)
+    print(dump_config(config))  # noqa: T201
+    print(f"{world_size} processes: {layout.describe()}")  # noqa: T201
+    print("rank: tensor context data pipeline")  # noqa: T201
+    for rank, place in layout.table():
+        numbers = (place.tensor, place.context, place.data, place.pipeline)
+        print(f"{rank:4d}: {numbers[0]:6d} {numbers[1]:7d} {numbers[2]:4d} {numbers[3]:8d}")  # noqa: T201
+    print(  # noqa: T201
+        f"{config.total_steps} steps of {config.tokens_per_step} tokens; "
+        + (f"resumes from {checked.checkpoint}" if checked.checkpoint else "starts anew")
+    )
+    return ExitCode.DONE

@@ -1,0 +1,216 @@
+"""Several corpora mixed in given proportions, as a pure function of the sample's number.
+
+The corpora hang on a binary tree.  At a node whose left side has the share p, the left side has
+had floor(p m + 1/2) of the first m samples that passed the node; sample m goes left when that
+number grows at m, and its number within the side is the count of those before it.  Going down the
+tree turns sample k of the blend into sample i of corpus c, in some ten integer operations, with
+no table and no state.
+
+A node errs by at most half a sample, and what a parent erred is shared out by the proportions on
+the way down.  Subtrees are joined lightest first (Huffman), so a node weighs no more than its
+uncle and two levels at least halve the weight; that keeps every corpus within 1/2 (1 + 1 + 1/2 +
+1/2 + 1/4 + ...) = 2 samples of its exact share at every k, and within 1 for up to three corpora.
+Serving each corpus at its own times (n + 1/2)/w, the obvious way, has no such bound: with one
+corpus of 50 % and fifty of 1 %, the first 24 samples would all come from the large one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from litespark.data.corpus import Corpus
+from litespark.data.indexed import IndexedReader
+from litespark.data.manifest import read_manifest
+from litespark.errors import UserError
+
+Part = Literal["train", "validation", "test"]
+_PARTS: tuple[Part, ...] = ("train", "validation", "test")
+_WEIGHT_UNITS = 1 << 40  # weights become integers, so that no rounding depends on k
+
+
+@dataclass(frozen=True)
+class _Node:
+    """An inner node: of `total` units of weight, `left_weight` are on the left."""
+
+    left: _Tree
+    right: _Tree
+    left_weight: int
+    total: int
+
+    def passed_left(self, samples: int) -> int:
+        """Return how many of the first `samples` went left: floor(samples p + 1/2), exactly."""
+        return (2 * samples * self.left_weight + self.total) // (2 * self.total)
+
+
+_Tree = _Node | int  # a leaf is the corpus number
+
+
+class Blend:
+    """An endless sequence of samples of several corpora, mixed by `weights` (any positive scale).
+
+    Each corpus gives its samples 0, 1, 2, ... in order, each once.
+
+    Raises:
+        UserError: when a weight is not a positive number.
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
+        if not corpora or len(corpora) != len(weights):
+            raise ValueError(f"{len(corpora)} corpora and {len(weights)} weights")
+        self.corpora = tuple(corpora)
+        self.weights = normalized_weights(weights)
+        self.sequence_length = self.corpora[0].sequence_length
+        if any(corpus.sequence_length != self.sequence_length for corpus in self.corpora):
+            raise ValueError("the corpora of a blend have one sequence length")
+        self._tree = _build_tree(self.weights)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (corpus number, sample number in that corpus) of sample `index` of the blend."""
+        if index < 0:
+            raise IndexError(f"sample {index}")
+        node = self._tree
+        while isinstance(node, _Node):
+            before = node.passed_left(index)
+            if node.passed_left(index + 1) > before:
+                node, index = node.left, before
+            else:
+                node, index = node.right, index - before
+        return node, index
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        """Return sample `index` (0 or more, without end), int64 [sequence_length + 1]."""
+        corpus, sample = self.locate(index)
+        return self.corpora[corpus][sample]
+
+
+def normalized_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return the weights scaled to the sum 1.
+
+    Raises:
+        UserError: when a weight is not a positive, finite number.
+    """
+    for number, weight in enumerate(weights):
+        if not 0 < weight < float("inf"):
+            raise UserError(
+                f"data.blend[{number}].weight = {weight}",
+                "is not a positive number",
+                "Give a positive weight, or take the corpus out of the blend.",
+            )
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def _build_tree(weights: Sequence[float]) -> _Tree:
+    # The second item breaks ties, so that equal weights give the same tree everywhere.
+    heap: list[tuple[int, int, _Tree]] = [
+        (max(1, round(weight * _WEIGHT_UNITS)), number, number)
+        for number, weight in enumerate(weights)
+    ]
+    heapq.heapify(heap)
+    made = len(heap)
+    while len(heap) > 1:
+        light_weight, _, light = heapq.heappop(heap)
+        heavy_weight, _, heavy = heapq.heappop(heap)
+        total = light_weight + heavy_weight
+        heapq.heappush(heap, (total, made, _Node(heavy, light, heavy_weight, total)))
+        made += 1
+    return heap[0][2]
+
+
+def open_blend(
+    entries: Sequence[tuple[str, float]],
+    split: tuple[float, float, float],
+    part: Part,
+    sequence_length: int,
+    seed: int,
+) -> Blend | None:
+    """Open one part of a blend; None when the part's share in `split` is 0.
+
+    Args:
+        entries: (prefix, weight) of each shard, the prefix in full (`P_text_document`).
+        split: shares of train, validation and test in any scale ("969,30,1"); each shard's
+        documents are
+            cut into three runs in stored order, at the same places as megatron-core cuts.
+        part: which of the three.
+        sequence_length: tokens of a sample, without the extra one for the last label.
+        seed: of the orders, 0 or more.
+
+    Raises:
+        UserError: when a shard is missing or damaged, a share or weight is no such number, or a
+        part has
+            too few tokens for one sample.
+    """
+    bounds = _split_bounds(split)[_PARTS.index(part)]
+    if bounds[0] == bounds[1]:
+        return None
+    if not entries:
+        raise UserError("data.blend", "names no shard", "Add an entry with a prefix and a weight.")
+    weights = normalized_weights([weight for _, weight in entries])
+    corpora = []
+    for prefix, _ in entries:
+        reader = IndexedReader(prefix)
+        first, last = (round(bound * reader.documents) for bound in bounds)
+        if first == last:
+            raise UserError(
+                f"data.split = {','.join(f'{share:g}' for share in split)}",
+                f"leaves the {part} part none of the {reader.documents} documents of {prefix}",
+                "Give that part a larger share, or 0 to do without it.",
+            )
+        corpora.append(Corpus(reader, (first, last), sequence_length, seed))
+    return Blend(corpora, weights)
+
+
+def _split_bounds(split: tuple[float, float, float]) -> tuple[tuple[float, float], ...]:
+    """Return the (start, stop) of each part as fractions of the documents."""
+    if len(split) != 3 or any(not 0 <= share < float("inf") for share in split) or not sum(split):
+        raise UserError(
+            f"data.split = {split}",
+            "is not three shares of 0 or more with a positive sum",
+            "Write, for example, 969,30,1.",
+        )
+    total = sum(split)
+    ends = [sum(split[: number + 1]) / total for number in range(3)]
+    return ((0.0, ends[0]), (ends[0], ends[1]), (ends[1], ends[2]))
+
+
+def check_tokenizer(
+    entries: Sequence[tuple[str, float]], vocab_size: int, tokenizer_identity: str | None
+) -> None:
+    """Refuse shards that the model cannot read; shards without a manifest pass.
+
+    Args:
+        entries: as for `open_blend`.
+        vocab_size: rows of the model's embedding.
+        tokenizer_identity: SHA-256 of the run's tokenizer file, None when the run has none.
+
+    Raises:
+        UserError: when a shard's vocabulary exceeds the model's, or tokenizers differ.
+    """
+    expected, whose = tokenizer_identity, "the run's tokenizer"
+    for prefix, _ in entries:
+        manifest = read_manifest(prefix)
+        if manifest is None:
+            continue
+        tokenizer = manifest.tokenizer
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                prefix,
+                f"was written with a vocabulary of {tokenizer.vocab_size}, the model has "
+                f"model.vocab_size = {vocab_size}",
+                f"Set model.vocab_size to {tokenizer.vocab_size} or more.",
+            )
+        if expected is not None and tokenizer.identity != expected:
+            raise UserError(
+                prefix,
+                f"was written with the tokenizer {tokenizer.name} of SHA-256 "
+                f"{tokenizer.identity[:12]}, which differs from {whose}, {expected[:12]}",
+                "Preprocess all shards with the tokenizer that the run names.",
+            )
+        if expected is None:
+            expected, whose = tokenizer.identity, f"that of {prefix}"

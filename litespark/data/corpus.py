@@ -1,0 +1,133 @@
+"""One shard as an endless, shuffled, random-access sequence of samples, with no index on disk.
+
+Epoch e puts the documents in a random order, joins them into one stream, and cuts it every S
+tokens: sample j is the tokens [j S, j S + S + 1), the one extra being the last label.  The
+samples of the epoch are then drawn in a second random order.  With N samples an epoch, sample k
+of the corpus is the draw k mod N of epoch k // N.  Both orders come from (seed, epoch) alone, so
+a sample is a pure function of the shard, the seed and k: nothing is saved, and a resumed run
+needs only its count of samples.
+
+The orders are the sorting permutation of raw bits of Philox, whose stream NumPy fixes for ever,
+and not `Generator.permutation`, whose algorithm may change between releases and with it the data
+of a resumed run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from litespark.data.indexed import IndexedReader
+from litespark.errors import UserError
+
+_EPOCHS_KEPT = 2  # samples near the border of two epochs alternate between them in a blend
+_DOCUMENTS, _SAMPLES = 0, 1  # the two random orders of an epoch
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """`documents` [documents] in stream order, `ends_tokens` [documents] their ends in the stream,
+    `samples` [N] the order in which samples are drawn.
+    """
+
+    documents: npt.NDArray[np.int64]
+    ends_tokens: npt.NDArray[np.int64]
+    samples: npt.NDArray[np.int64]
+
+
+class Corpus:
+    """Samples of `sequence_length` + 1 tokens from a range of a shard's documents.
+
+    Memory: about 24 bytes a document and 8 a sample, for each of two epochs.  Threads may share
+    it.
+
+    Args:
+        prefix: the shard's path without `.bin`, or its open reader.
+        document_range: the documents [start, stop) in stored order.
+        sequence_length: S, in tokens.
+        seed: of the orders, 0 or more.
+
+    Raises:
+        UserError: when the shard is damaged (see `IndexedReader`) or has fewer than S + 1 tokens
+        here.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str] | IndexedReader,
+        document_range: tuple[int, int],
+        sequence_length: int,
+        seed: int,
+    ) -> None:
+        start, stop = document_range
+        reader = prefix if isinstance(prefix, IndexedReader) else IndexedReader(prefix)
+        if not 0 <= start <= stop <= reader.documents:
+            raise ValueError(f"document range {document_range} of {reader.documents} documents")
+        self.prefix = reader.prefix
+        self.document_range = (start, stop)
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._reader = reader
+        self._lengths_tokens = reader.document_lengths_tokens[start:stop]
+        self.tokens = int(self._lengths_tokens.sum())
+        if self.tokens < sequence_length + 1:
+            raise UserError(
+                f"{self.prefix}, documents {start}..{stop}",
+                f"hold {self.tokens} tokens, fewer than one sample of {sequence_length} + 1",
+                "Use a larger shard, give this part a larger share in data.split, or lower "
+                "data.sequence_length.",
+            )
+        self.samples_per_epoch = (self.tokens - 1) // sequence_length
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._lock = Lock()
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        """Return sample `index` (0 or more, without end), int64 [sequence_length + 1]."""
+        if index < 0:
+            raise IndexError(f"sample {index}")
+        number, position = divmod(index, self.samples_per_epoch)
+        epoch = self._epoch(number)
+        first_token = int(epoch.samples[position]) * self.sequence_length
+        return self._read_stream(epoch, first_token)
+
+    def _read_stream(self, epoch: _Epoch, first_token: int) -> npt.NDArray[np.int64]:
+        sample = np.empty(self.sequence_length + 1, dtype=np.int64)
+        # side="right" steps over empty documents, whose end is also their start.
+        place = int(np.searchsorted(epoch.ends_tokens, first_token, side="right"))
+        filled = 0
+        while filled < len(sample):
+            document = int(epoch.documents[place])
+            end_token = int(epoch.ends_tokens[place])
+            length = min(end_token - first_token, len(sample) - filled)
+            offset = first_token - (end_token - int(self._lengths_tokens[document]))
+            tokens = self._reader.read(self.document_range[0] + document, offset, length)
+            sample[filled : filled + length] = tokens
+            filled += length
+            first_token += length
+            place += 1
+        return sample
+
+    def _epoch(self, number: int) -> _Epoch:
+        with self._lock:
+            epoch = self._epochs.get(number)
+            if epoch is None:
+                documents = _random_order(self.seed, number, _DOCUMENTS, len(self._lengths_tokens))
+                ends_tokens = np.cumsum(self._lengths_tokens[documents])
+                samples = _random_order(self.seed, number, _SAMPLES, self.samples_per_epoch)
+                epoch = _Epoch(documents, ends_tokens, samples)
+                self._epochs[number] = epoch
+                while len(self._epochs) > _EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(number)
+            return epoch
+
+
+def _random_order(seed: int, epoch: int, purpose: int, count: int) -> npt.NDArray[np.int64]:
+    """Return a permutation of range(count), int64, that depends on the arguments alone."""
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
+    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

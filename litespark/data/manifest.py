@@ -1,0 +1,161 @@
+"""The manifest beside a shard: what it was made of, and the checksums that the format lacks.
+
+`P_text_document.json` is written by `preprocess`.  A shard of Megatron-LM has none and is read
+all the same; with one, a tokenizer that does not match and a flipped bit can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from litespark.data.indexed import ShardFiles, bin_path, idx_path
+from litespark.errors import UserError
+from litespark.utils.files import sha256_of_file, write_text_atomically
+
+FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer made the ids: SHA-256 of its model file, that file's name, and its sizes."""
+
+    identity: str
+    name: str
+    vocab_size: int
+    eos_id: int | None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One input file: its name below the input that named it, its size, its documents."""
+
+    name: str
+    size_bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about a shard; `files` holds sizes, digests and counts."""
+
+    tokenizer: TokenizerRecord
+    append_eod: bool
+    json_key: str
+    sources: tuple[SourceRecord, ...]
+    files: ShardFiles
+    skipped_bad_lines: int
+    replaced_surrogates: int
+    litespark_version: str
+    format_version: int = FORMAT_VERSION
+
+
+def manifest_path(prefix: str | os.PathLike[str]) -> Path:
+    """Return `<prefix>.json`."""
+    return Path(f"{os.fspath(prefix)}.json")
+
+
+def write_manifest(prefix: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write the manifest of the shard `prefix`, whole or not at all.
+
+    Raises:
+        OSError: when the disk is full.
+    """
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
+    write_text_atomically(manifest_path(prefix), text + "\n")
+
+
+def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
+    """Return the manifest of the shard `prefix`, or None when there is none.
+
+    Raises:
+        UserError: when the file is there but is no manifest of a known version.
+    """
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise ValueError("the file is too large")
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError("it is not an object")
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {version!r}, known is {FORMAT_VERSION}")
+        value["tokenizer"] = _record(TokenizerRecord, value.get("tokenizer"))
+        value["files"] = _record(ShardFiles, value.get("files"))
+        sources = value.get("sources")
+        if not isinstance(sources, list):
+            raise TypeError("'sources' is not a list")
+        value["sources"] = tuple(_record(SourceRecord, source) for source in sources)
+        return _record(Manifest, value)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            str(path),
+            f"is not a manifest of a shard ({error})",
+            "Remove it to read the shard without one, or write the shard again.",
+        ) from error
+
+
+# The types as written in the dataclasses above (annotations are strings there), for JSON values.
+_CHECKS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+}
+
+
+def _record(kind: type[Any], value: object) -> Any:
+    """Build the dataclass `kind` from a JSON object with exactly its fields, of their types."""
+    if not isinstance(value, dict):
+        raise TypeError(f"no object where a {kind.__name__} belongs")
+    known = {field.name: str(field.type) for field in fields(kind)}
+    if set(known) != set(value):
+        names = ", ".join(sorted(set(known) ^ set(value)))
+        raise ValueError(f"unknown or missing in {kind.__name__}: {names}")
+    for name, annotation in known.items():
+        allowed = _CHECKS.get(annotation)
+        item = value[name]
+        is_bool_for_int = isinstance(item, bool) and annotation != "bool"
+        if allowed and (not isinstance(item, allowed) or is_bool_for_int):
+            raise TypeError(f"{name} is not of type {annotation}")
+    return kind(**value)
+
+
+def verify_checksums(prefix: str | os.PathLike[str]) -> Manifest:
+    """Compare both files of a shard with the sizes and SHA-256 digests of its manifest.
+
+    Raises:
+        UserError: when there is no manifest, a file is missing, or its bytes have changed.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise UserError(
+            str(manifest_path(prefix)),
+            "the shard has no manifest, so its bytes cannot be checked",
+            "Only shards written by litespark preprocess can be verified.",
+        )
+    expected = (
+        (bin_path(prefix), manifest.files.bin_bytes, manifest.files.bin_sha256),
+        (idx_path(prefix), manifest.files.idx_bytes, manifest.files.idx_sha256),
+    )
+    for path, size_bytes, digest in expected:
+        try:
+            intact = path.stat().st_size == size_bytes and sha256_of_file(path) == digest
+        except OSError as error:
+            raise UserError(
+                str(path), f"cannot be read ({error.strerror})", "Copy it again."
+            ) from error
+        if not intact:
+            raise UserError(
+                str(path),
+                "its bytes are not those that preprocess wrote",
+                "Copy the file again, or write the shard again.",
+            )
+    return manifest

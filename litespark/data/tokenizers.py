@@ -1,0 +1,231 @@
+"""Tokenizers from local files, under one small protocol.
+
+Two kinds of file are read: `tokenizer.json` (the `tokenizers` library) and a sentencepiece
+`.model`.  Documents are data, so their text is never read as instructions: a literal "</s>" in a
+document becomes the pieces of those four characters, not the control token, and no BOS or EOS is
+added by `encode`.  The file's bytes are read once, hashed and parsed from memory, so the hash
+names what was really used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from litespark.errors import UserError
+
+_JSON_NAME = "tokenizer.json"
+_MODEL_NAME = "tokenizer.model"
+# Written beside a tokenizer by Hugging Face tools; an export ships those that exist.
+_COMPANION_NAMES = (
+    _JSON_NAME,
+    _MODEL_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
+_USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+MAX_FILE_BYTES = 1 << 29  # the largest known vocabularies need 20 MB
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: the largest id + 1, added tokens included.
+        bos_id, eos_id: the control tokens' ids, None when the tokenizer has none.
+        identity: SHA-256 of the model file's bytes, 64 hexadecimal digits.
+        path: the model file.
+        files: the model file and those beside it that an export ships.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    identity: str
+    path: Path
+    files: tuple[Path, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, without BOS or EOS."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode` of each text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids; control tokens give no text."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder, a `tokenizer.json`, or a sentencepiece `.model`.
+
+    A folder that holds both kinds gives its `tokenizer.json`, as `transformers` would.
+
+    Raises:
+        UserError: when there is no such file, or it is not what its name says.
+    """
+    file = _find_model_file(Path(path))
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(str(file), "the file is too large for a tokenizer", "Name its file.")
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            str(file), f"cannot be read: {error.strerror}", "Check the path."
+        ) from error
+    if file.suffix == ".json":
+        return JsonTokenizer(file, content)
+    return SentencePieceTokenizer(file, content)
+
+
+def _find_model_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in (_JSON_NAME, _MODEL_NAME):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(
+            f"tokenizer {path}",
+            f"the folder holds neither {_JSON_NAME} nor {_MODEL_NAME}",
+            "Name a folder that does, or the file itself.",
+        )
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer {path}",
+            "no such file or folder",
+            f"Name a local folder with {_JSON_NAME} or {_MODEL_NAME}, or such a file; "
+            "nothing is fetched from a model hub.",
+        )
+    if path.suffix not in (".json", ".model"):
+        raise UserError(
+            f"tokenizer {path}",
+            "the suffix is neither .json nor .model",
+            f"Name a {_JSON_NAME} or a sentencepiece .model file.",
+        )
+    return path
+
+
+def _files_to_ship(file: Path) -> tuple[Path, ...]:
+    beside = [file.with_name(name) for name in _COMPANION_NAMES if name != file.name]
+    return (file, *(path for path in beside if path.is_file()))
+
+
+def _read_companion(file: Path, name: str) -> dict[str, Any]:
+    companion = file.with_name(name)
+    if not companion.is_file():
+        return {}
+    try:
+        value = json.loads(companion.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            str(companion), f"is not valid JSON ({error})", "Fetch it again."
+        ) from error
+    return value if isinstance(value, dict) else {}
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`; see `Tokenizer`."""
+
+    def __init__(self, file: Path, content: bytes) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                str(file), f"is not a tokenizer.json: {error}", "Name the right file."
+            ) from error
+        # A file may ask for truncation (many published ones do); a document is never cut.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+        self._ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not self._ids:
+            raise UserError(str(file), "the vocabulary is empty", "Name a trained tokenizer.")
+        self.vocab_size = max(self._ids.values()) + 1
+        self.bos_id = self._control_id(file, "bos_token", _USUAL_BOS)
+        self.eos_id = self._control_id(file, "eos_token", _USUAL_EOS)
+        self.identity = hashlib.sha256(content).hexdigest()
+        self.path = file
+        self.files = _files_to_ship(file)
+
+    def _control_id(self, file: Path, field: str, usual_names: Sequence[str]) -> int | None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = _read_companion(file, name).get(field)
+            if isinstance(token, dict):  # an AddedToken written out
+                token = token.get("content")
+            if not isinstance(token, str):
+                continue
+            if token not in self._ids:
+                raise UserError(
+                    str(file.with_name(name)),
+                    f"{field} is {token!r}, which the vocabulary of {file.name} lacks",
+                    "Repair the file; the two belong to different tokenizers.",
+                )
+            return self._ids[token]
+        return next((self._ids[name] for name in usual_names if name in self._ids), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, without BOS or EOS."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode` of each text, on as many threads as the library takes."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids; control tokens give no text."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model`; see `Tokenizer`.
+
+    sentencepiece gives control pieces no surface form, so text never turns into them.
+    """
+
+    def __init__(self, file: Path, content: bytes) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise UserError(
+                str(file),
+                "is not a sentencepiece model",
+                "Name a sentencepiece file; a tiktoken file of the same name (Llama 3) has a "
+                f"{_JSON_NAME} beside it, use that.",
+            ) from error
+        added = _read_companion(file, "added_tokens.json").values()
+        added_ids = [token_id for token_id in added if isinstance(token_id, int)]
+        self.vocab_size = max([self._processor.vocab_size(), *(i + 1 for i in added_ids)])
+        self.bos_id = _id_or_none(self._processor.bos_id())
+        self.eos_id = _id_or_none(self._processor.eos_id())
+        self.identity = hashlib.sha256(content).hexdigest()
+        self.path = file
+        self.files = _files_to_ship(file)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, without BOS or EOS."""
+        return self._processor.EncodeAsIds(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode` of each text."""
+        return [self._processor.EncodeAsIds(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids; control tokens and ids beyond the model give no text."""
+        size = self._processor.vocab_size()
+        return self._processor.DecodeIds([int(i) for i in ids if 0 <= i < size])
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None

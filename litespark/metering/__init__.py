@@ -1,0 +1,1 @@
+"""What a run costs: FLOPs and MFU, energy, memory, and the report that shows them."""

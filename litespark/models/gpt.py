@@ -1,0 +1,92 @@
+"""Litespark's GPT: megatron-core's, with Llama 3's RoPE scaling and a padding-safe loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from litespark.config.schema import ModelConfig, RopeScalingConfig
+
+
+class GPT(GPTModel):
+    """The part of a Llama that one rank holds of one model chunk.
+
+    Args:
+        config: megatron-core's configuration.
+        block: the layers and the final norm.
+        model: the shape.
+        virtual_stage: number of the chunk under the interleaved schedule, else None.
+        pre_process: holds the embedding.
+        post_process: holds the final norm, LM head and loss.
+        groups: the process groups of this rank.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        block: TransformerBlockSubmodules,
+        model: ModelConfig,
+        *,
+        virtual_stage: int | None,
+        pre_process: bool,
+        post_process: bool,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block,  # type: ignore[arg-type] - a block is taken as well
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,  # type: ignore[arg-type] - used as a float
+            vp_stage=virtual_stage,
+            pg_collection=groups,
+        )
+        self.num_real_tokens = model.vocab_size
+        if model.rope_scaling is not None:
+            # megatron-core fixes all of Llama 3's constants but the factor.
+            rotary: Any = self.rotary_pos_emb
+            rotary.inv_freq = scale_rope_frequencies(rotary.inv_freq, model.rope_scaling)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of each token, fp32 [b, s]; padding columns take no probability.
+
+        Without this an exported model, which has no padding, would have another loss.
+        """
+        return super().compute_language_model_loss(labels, self.mask_padding(logits))
+
+    def mask_padding(self, logits_sbv: Tensor) -> Tensor:
+        """The vocabulary-parallel logits [s, b, v_local] with padding columns at -inf."""
+        local = logits_sbv.size(-1)
+        first = self.pg_collection.tp.rank() * local
+        num_real = min(max(self.num_real_tokens - first, 0), local)
+        if num_real == local:
+            return logits_sbv
+        is_padding_v = torch.arange(local, device=logits_sbv.device) >= num_real
+        return logits_sbv.masked_fill(is_padding_v, float("-inf"))
+
+
+def scale_rope_frequencies(inv_freq: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Llama 3's frequency scaling: long waves are slowed by `factor`, short ones kept.
+
+    Between the two limits the scale is interpolated; fp32 [d/2].
+    Source: `apply_scaling` of meta-llama/llama-models, models/llama3/model.py.
+    """
+    original = scaling.original_max_sequence_length
+    wavelength = 2 * math.pi / inv_freq
+    # 1 where waves are short enough to be kept, 0 where they are fully slowed.
+    kept = (original / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept = kept.clamp(0.0, 1.0)
+    return (1 - kept) * inv_freq / scaling.factor + kept * inv_freq

@@ -1,0 +1,84 @@
+"""The specification of one pipeline stage's transformer block, slot by slot.
+
+Names of submodules and checkpoint keys are megatron-core's own, with the norms' keys mapped into
+the linear that follows them, as Transformer Engine's fused modules store them: a checkpoint does
+not depend on the backend that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+
+def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """One Llama layer: norm, attention, residual, norm, SwiGLU, residual."""
+    norm = backend.layer_norm(rms_norm=True)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(
+    backend: BackendSpecProvider, config: TransformerConfig, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers this rank builds for one model chunk, and the final norm."""
+    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(backend)] * num_layers,
+        layer_norm=backend.layer_norm(rms_norm=True),
+    )
+
+
+def slot_table(backend: BackendSpecProvider) -> Iterator[tuple[str, str]]:
+    """Every slot with the class that fills it, for the table printed at start-up."""
+    yield "norms", backend.layer_norm(rms_norm=True).__name__
+    yield "linear_qkv, linear_fc1", backend.column_parallel_linear().__name__
+    yield "core_attention", backend.core_attention().__name__
+    yield "linear_proj, linear_fc2", backend.row_parallel_linear().__name__

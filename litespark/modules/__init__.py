@@ -1,0 +1,1 @@
+"""Modules that fill megatron-core's slots: norms and core attention of the reference backend."""

@@ -1,0 +1,111 @@
+"""Core attention of the reference backend, with context parallelism.
+
+Shapes: s sequence, b micro-batch, n query heads of this rank, g key/value heads of this rank,
+d head size.
+
+Under context parallelism a rank holds two chunks of the sequence, r and 2*cp-1-r of 2*cp, so that
+every rank has the same share of the causal triangle.  Keys and values are gathered from all ranks
+(the gradient is reduce-scattered back), and the mask compares global positions.  This costs memory
+proportional to the whole sequence for keys and values; it is the specification that ring-style
+implementations are tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from litespark.errors import LitesparkError
+
+
+def zigzag_positions(local_length: int, rank: int, size: int, device: torch.device) -> Tensor:
+    """Global positions of the tokens that context-parallel rank `rank` of `size` holds; int64 [s].
+
+    The order is megatron-core's (`get_batch_on_this_cp_rank`): chunk r, then chunk 2*size-1-r.
+    """
+    chunk = local_length // 2
+    offsets = torch.arange(chunk, device=device)
+    return torch.cat([offsets + rank * chunk, offsets + (2 * size - 1 - rank) * chunk])
+
+
+class ReferenceCoreAttention(MegatronModule):
+    """Causal softmax attention through torch's `scaled_dot_product_attention`.
+
+    Raises:
+        LitesparkError: a mask type, dropout or packing that this backend does not compute.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        del attention_type, cp_comm_type  # the slot's arguments; keys and values are all-gathered
+        if attn_mask_type != AttnMaskType.causal or (attention_dropout or config.attention_dropout):
+            raise LitesparkError(
+                "the reference core attention is causal and has no dropout; "
+                f"asked for {attn_mask_type} in layer {layer_number}"
+            )
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
+        self.context_group = groups.cp
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_sbnd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend causally; returns [s, b, n*d] in the query's dtype."""
+        del attention_mask, attn_mask_type  # causal by construction
+        if packed_seq_params is not None or attention_bias is not None:
+            raise LitesparkError("the reference core attention takes no packing and no bias")
+        mask_qk = self._causal_mask(query_sbnd.size(0), key_sbgd.size(0), query_sbnd.device)
+        if self.context_group.size() > 1:
+            key_sbgd = gather_from_sequence_parallel_region(key_sbgd, group=self.context_group)
+            value_sbgd = gather_from_sequence_parallel_region(value_sbgd, group=self.context_group)
+        output_bnsd = F.scaled_dot_product_attention(
+            query_sbnd.permute(1, 2, 0, 3),
+            key_sbgd.permute(1, 2, 0, 3),
+            value_sbgd.permute(1, 2, 0, 3),
+            attn_mask=mask_qk,
+            is_causal=mask_qk is None,
+            scale=self.softmax_scale,
+            enable_gqa=query_sbnd.size(2) != key_sbgd.size(2),
+        )
+        return output_bnsd.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    def _causal_mask(
+        self, query_length: int, key_length: int, device: torch.device
+    ) -> Tensor | None:
+        """True where a query may look; None when plain causality says it all; bool [q, k]."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        if size > 1:
+            key_positions = torch.cat(
+                [zigzag_positions(key_length, r, size, device) for r in range(size)]
+            )
+            query_positions = zigzag_positions(query_length, rank, size, device)
+        elif query_length == key_length:
+            return None
+        else:  # decoding with a key/value cache: the queries are the newest positions
+            key_positions = torch.arange(key_length, device=device)
+            query_positions = key_positions[key_length - query_length :]
+        return key_positions[None, :] <= query_positions[:, None]

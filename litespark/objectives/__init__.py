@@ -1,0 +1,1 @@
+"""What is minimised: each objective gives the forward step that megatron-core's schedules call."""

@@ -1,0 +1,1 @@
+"""Which process does what: rank arithmetic, device, process groups, random numbers."""

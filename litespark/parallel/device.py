@@ -1,0 +1,44 @@
+"""One answer to "where do we compute?": a CUDA device with NCCL, or the CPU with gloo."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """This process's device and the communication backend that goes with it."""
+
+    type: Literal["cpu", "cuda"]
+    device: torch.device
+    distributed_backend: str
+
+    @property
+    def name(self) -> str:
+        """Name for people, e.g. `NVIDIA H100 80GB HBM3` or `CPU`."""
+        return torch.cuda.get_device_name(self.device) if self.type == "cuda" else "CPU"
+
+    def synchronize(self) -> None:
+        """Wait until the work queued on the device is done."""
+        if self.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def select_device(local_rank: int, local_world_size: int) -> ComputeDevice:
+    """Take the GPU of this local rank, or the CPU with its share of the cores.
+
+    The share matters: eight processes that each start a thread per core spend their time waiting
+    for each other.  `OMP_NUM_THREADS` set by the user wins.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        # Object collectives and control flags go over gloo: they must not wait for the GPU.
+        return ComputeDevice("cuda", device, "cpu:gloo,cuda:nccl")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    return ComputeDevice("cpu", torch.device("cpu"), "gloo")

@@ -1,0 +1,97 @@
+"""Starts torch.distributed and megatron-core's process groups, and ends them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from litespark.config.schema import ParallelConfig
+from litespark.parallel.device import ComputeDevice, select_device
+from litespark.parallel.environment import (
+    integer_from_environment,
+    world_size_from_environment,
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among its siblings, as torchrun's environment variables tell it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: ComputeDevice
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, the one that speaks to the user."""
+        return self.rank == 0
+
+
+def start_process_group(timeout_seconds: float) -> Process:
+    """Join the default process group that torchrun's variables describe; alone, make one of 1.
+
+    Raises:
+        UserError: torchrun's variables are set only in part.
+    """
+    if world_size_from_environment() is None:
+        process = Process(0, 1, 0, 1, select_device(0, 1))
+        dist.init_process_group(
+            process.device.distributed_backend, store=dist.HashStore(), rank=0, world_size=1
+        )
+        return process
+    rank, world_size, local_rank = (
+        integer_from_environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = select_device(local_rank, local_world_size)
+    dist.init_process_group(
+        device.distributed_backend, timeout=timedelta(seconds=timeout_seconds)
+    )
+    return Process(rank, world_size, local_rank, local_world_size, device)
+
+
+def start_model_parallel(parallel: ParallelConfig, timeout_seconds: float) -> None:
+    """Create megatron-core's groups for the degrees of the configuration."""
+    from megatron.core import parallel_state
+
+    interleaved = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=interleaved,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        # The distributed optimizer gathers its state for checkpoints over gloo, in host memory.
+        create_gloo_process_groups=True,
+    )
+
+
+def stop_process_group() -> None:
+    """Leave all groups; safe to call when none was started."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank; only for small values inside the trusted job."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; runs over gloo on the CPU, so no GPU is waited for."""
+    tensor = torch.tensor([int(flag)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())

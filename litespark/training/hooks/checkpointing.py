@@ -1,0 +1,58 @@
+"""Saves the run's state at intervals and at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from litespark.checkpoint.folder import prune_checkpoints
+from litespark.checkpoint.run_state import RunState
+from litespark.checkpoint.save import save_checkpoint
+from litespark.config.load import dump_config
+from litespark.training.loop import Hook
+from litespark.training.state import TrainingRun
+from litespark.training.step import StepOutcome, parameters_synchronised
+
+
+class Checkpointing(Hook):
+    """Every `training.save_every` steps and after the last one."""
+
+    def __init__(self) -> None:
+        self.saved_step = -1
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Remember what is on disk already, so that it is not written twice."""
+        self.saved_step = run.step
+
+    def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
+        """Save when it is time."""
+        every = run.config.training.save_every
+        if every is not None and run.step % every == 0:
+            self.save(run)
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Save the final state."""
+        self.save(run)
+
+    def save(self, run: TrainingRun) -> None:
+        """Write a checkpoint of this step, unless there is one; all ranks call it together."""
+        if self.saved_step == run.step:
+            return
+        started = time.perf_counter()
+        state = RunState.of(
+            run.config,
+            run.layout,
+            step=run.step,
+            consumed_samples=run.consumed_samples,
+        )
+        checkpoints = Path(run.config.run.output_dir) / "checkpoints"
+        with parameters_synchronised(run.chunks):
+            folder = save_checkpoint(
+                checkpoints, run.chunks, run.optimizer, state, dump_config(run.config)
+            )
+        keep = run.config.checkpoint.keep_last
+        if keep is not None and run.process.is_first:
+            prune_checkpoints(checkpoints, keep)
+        self.saved_step = run.step
+        run.timings.checkpoint_seconds += time.perf_counter() - started
+        run.record_event("checkpoint", folder.name)

@@ -1,0 +1,73 @@
+"""What a person sees while training: a progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from litespark.training.state import TrainingRun
+
+
+class Console:
+    """Shows records; made on the first rank only."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.total_steps = run.total_steps
+        self.rich = RichConsole()
+        self.progress: Progress | None = None
+        if self.rich.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps, left"),
+                TimeRemainingColumn(),
+                console=self.rich,
+            )
+            self.task = self.progress.add_task(
+                run.config.run.name, total=run.total_steps, completed=run.step
+            )
+            self.progress.start()
+
+    def show_step(self, record: dict[str, Any]) -> None:
+        """Show a logged step."""
+        self.print_line(step_line(record, self.total_steps))
+        if self.progress is not None:
+            self.progress.update(self.task, completed=record["step"])
+
+    def show_validation(self, record: dict[str, Any]) -> None:
+        """Show the result of an evaluation."""
+        self.print_line(
+            f"step {record['step']}/{self.total_steps} | "
+            f"validation loss {record['validation_loss']:.4f}"
+        )
+
+    def print_line(self, line: str) -> None:
+        """Print above the bar, or just print."""
+        self.rich.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def step_line(record: dict[str, Any], total_steps: int) -> str:
+    """One line of a logged step, with what could be measured."""
+    parts = [
+        f"step {record['step']}/{total_steps}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"grad norm {record['grad_norm']:.3f}",
+        f"{record['step_seconds']:.3f} s/step",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if record["tflops_per_gpu_causal"] is not None:
+        parts.append(f"{record['tflops_per_gpu_causal']:.0f} TFLOP/s per GPU (causal)")
+    if record["mfu"] is not None:
+        parts.append(f"MFU {100 * record['mfu']:.1f} %")
+    if record["joules_per_token"] is not None:
+        parts.append(f"{1000 * record['joules_per_token']:.1f} J/1000 tokens")
+    return " | ".join(parts)

@@ -1,0 +1,49 @@
+"""Evaluates on the validation split at intervals, always on the same samples."""
+
+from __future__ import annotations
+
+from litespark.data.loader import BatchLoader
+from litespark.training.hooks.metrics import MetricsWriter
+from litespark.training.loop import Hook
+from litespark.training.state import TrainingRun
+from litespark.training.step import StepOutcome, evaluate
+
+
+class Evaluation(Hook):
+    """Every `training.eval_every` steps and at the end: the mean loss of the validation split."""
+
+    def __init__(self, writer: MetricsWriter) -> None:
+        self.writer = writer
+        self.evaluated_step = -1
+
+    def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
+        """Evaluate when it is time."""
+        every = run.config.training.eval_every
+        if every is not None and run.step % every == 0:
+            self._evaluate(run)
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Evaluate the final weights, unless that has just been done."""
+        if run.config.training.eval_every is not None and self.evaluated_step != run.step:
+            self._evaluate(run)
+
+    def _evaluate(self, run: TrainingRun) -> None:
+        batches = None
+        if run.reads_tokens and run.validation is not None:
+            batches = BatchLoader(
+                run.validation,
+                micro_batch_size=run.config.batch.micro,
+                global_batch_size=run.config.batch.global_,
+                data_parallel_rank=run.layout.coordinates(run.process.rank).data,
+                data_parallel_size=run.layout.data,
+                max_samples=run.config.training.eval_steps * run.config.batch.global_,
+            )
+        waited = run.timings.data_wait_seconds
+        try:
+            loss = evaluate(run, batches, run.config.training.eval_steps)
+        finally:
+            if batches is not None:
+                batches.close()
+        run.timings.data_wait_seconds = waited  # reported for training only
+        self.evaluated_step = run.step
+        self.writer.write_validation(run, loss)

@@ -1,0 +1,194 @@
+"""Measures, and writes each measurement to every place that wants it.
+
+`metrics.jsonl` is the record that reports are made from; TensorBoard, Weights & Biases and the
+console show the same numbers.  A value that cannot be measured here is null, never a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from litespark.metering.energy import EnergyMeter
+from litespark.metering.flops import flops_per_token
+from litespark.metering.gpu_peaks import check_below_peak, peak_for_device
+from litespark.metering.memory import peak_memory_bytes
+from litespark.training.hooks.console import Console
+from litespark.training.hooks.sinks import TensorBoardSink, WandbSink
+from litespark.training.loop import Hook
+from litespark.training.state import TrainingRun, Timings
+from litespark.training.step import StepOutcome, mean_loss
+from litespark.utils.files import write_text_atomically
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Hands records to metrics.jsonl and the other sinks; on other ranks than the first, to none.
+
+    Lines of steps after the one the run resumes from are dropped: they are written again.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.is_first = run.process.is_first
+        if not self.is_first:
+            return
+        path = run.folder / "metrics.jsonl"
+        drop_lines_after(path, run.step)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        logging = run.config.logging
+        self.console = Console(run)
+        self.sinks: list[TensorBoardSink | WandbSink] = []
+        if logging.tensorboard:
+            self.sinks.append(TensorBoardSink(run.folder / "tensorboard", purge_step=run.step + 1))
+        if logging.wandb_project is not None:
+            self.sinks.append(WandbSink(logging.wandb_project, run.config, run.folder))
+
+    def write_step(self, record: Record) -> None:
+        """Write the measurements of a logged step."""
+        self._write(record)
+        if self.is_first:
+            self.console.show_step(record)
+
+    def write_validation(self, run: TrainingRun, loss: float) -> None:
+        """Write the result of an evaluation."""
+        record = {"step": run.step, "tokens": _tokens(run), "validation_loss": loss}
+        self._write(record)
+        if self.is_first:
+            self.console.show_validation(record)
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        if self.is_first:
+            self.console.close()
+            self.file.close()
+            for sink in self.sinks:
+                sink.close()
+
+    def _write(self, record: Record) -> None:
+        if not self.is_first:
+            return
+        # NaN and Infinity are no JSON; a value that is not finite was not measured.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.write(finite)
+
+
+class StepMetrics(Hook):
+    """Every `training.log_every` steps: loss, speed, energy and memory since the last line."""
+
+    def __init__(self, writer: MetricsWriter) -> None:
+        self.writer = writer
+        self.energy = EnergyMeter()
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Start the counters."""
+        self.logged_step = run.step
+        self.loss_and_tokens: torch.Tensor | None = None
+        self.joules = self.energy.read_joules()
+        model, length = run.config.model, run.config.data.sequence_length
+        self.flops_causal = flops_per_token(model, length, causal=True)
+        self.flops_full = flops_per_token(model, length, causal=False)
+        self.peak = peak_for_device(run.process.device.name)
+        run.timings = Timings()
+
+    def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
+        """Add the step up; write a line when it is time."""
+        before = self.loss_and_tokens
+        now = outcome.loss_and_tokens
+        self.loss_and_tokens = now if before is None else before + now
+        if run.step % run.config.training.log_every and run.step != run.total_steps:
+            return
+        self.writer.write_step(self._record(run, outcome))
+        self.loss_and_tokens = None
+        self.logged_step = run.step
+        run.timings = Timings()
+
+    def close(self) -> None:
+        """Close the writer."""
+        self.writer.close()
+
+    def _record(self, run: TrainingRun, outcome: StepOutcome) -> Record:
+        steps = run.step - self.logged_step
+        assert self.loss_and_tokens is not None
+        step_seconds = run.timings.steps_seconds / steps
+        tokens_per_second = run.config.tokens_per_step / step_seconds
+        joules, memory_bytes = self._over_ranks()
+        return {
+            "step": run.step,
+            "tokens": _tokens(run),
+            "loss": mean_loss(self.loss_and_tokens),
+            "lr": outcome.learning_rate,
+            "grad_norm": outcome.grad_norm,
+            "step_seconds": step_seconds,
+            "tokens_per_second": tokens_per_second,
+            **self._per_gpu(run, tokens_per_second),
+            "energy_joules": joules,
+            "joules_per_token": (
+                None if joules is None else joules / (steps * run.config.tokens_per_step)
+            ),
+            "power_watts": None if joules is None else joules / run.timings.steps_seconds,
+            "memory_bytes": memory_bytes,
+            "data_wait_seconds": run.timings.data_wait_seconds,
+            "checkpoint_seconds": run.timings.checkpoint_seconds,
+        }
+
+    def _per_gpu(self, run: TrainingRun, tokens_per_second: float) -> Record:
+        """Rates of one GPU; null on a machine without."""
+        if run.process.device.type != "cuda":
+            keys = "tokens_per_second_per_gpu tflops_per_gpu_causal tflops_per_gpu_full mfu"
+            return dict.fromkeys(keys.split())
+        per_gpu = tokens_per_second / run.process.world_size
+        causal, full = per_gpu * self.flops_causal / 1e12, per_gpu * self.flops_full / 1e12
+        if self.peak is not None:
+            check_below_peak(causal, self.peak, run.config.precision.mode)
+        return {
+            "tokens_per_second_per_gpu": per_gpu,
+            "tflops_per_gpu_causal": causal,
+            "tflops_per_gpu_full": full,
+            "mfu": None if self.peak is None else causal / self.peak.bf16_tflops,
+        }
+
+    def _over_ranks(self) -> tuple[float | None, int]:
+        """Energy of all GPUs since the last line (null if any is unread), and the largest memory.
+
+        Runs on the CPU: host values must not wait for the GPU.
+        """
+        joules = self.energy.read_joules()
+        known = joules is not None and self.joules is not None
+        used = joules - self.joules if joules is not None and self.joules is not None else 0.0
+        self.joules = joules
+        sums = torch.tensor([used, 0.0 if known else 1.0], dtype=torch.float64)
+        memory = torch.tensor([peak_memory_bytes()])
+        dist.all_reduce(sums)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        return (None if sums[1] else float(sums[0])), int(memory)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the records of later steps, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    write_text_atomically(path, "".join(kept))
+
+
+def _tokens(run: TrainingRun) -> int:
+    return run.consumed_samples * run.config.data.sequence_length

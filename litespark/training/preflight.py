@@ -1,0 +1,102 @@
+"""Finds what is wrong with a run before it starts, without torch and in one process.
+
+The launcher runs these checks before it starts processes, so a mistake costs a second and one
+message; every rank runs them again, because on many nodes each sees its own file system.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from litespark.checkpoint.folder import find_checkpoint, newest_checkpoint
+from litespark.checkpoint.run_state import RunState, check_same_model
+from litespark.config.schema import RunConfig
+from litespark.config.validate import check_config
+from litespark.data.blend import Blend, check_tokenizer, open_blend
+from litespark.data.tokenizers import load_tokenizer
+from litespark.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found: the data, and the checkpoint to resume from, if any."""
+
+    train: Blend
+    validation: Blend | None
+    checkpoint: Path | None
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the configuration, open the data, choose the checkpoint.
+
+    Raises:
+        UserError: anything that would end the run later.
+    """
+    check_config(config, world_size)
+    train, validation = _open_data(config)
+    checkpoint = choose_checkpoint(config)
+    if checkpoint is not None:
+        check_same_model(RunState.read(checkpoint), checkpoint, config.model)
+    _check_output_dir(config)
+    return Preflight(train, validation, checkpoint)
+
+
+def choose_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that `run.resume` asks for.
+
+    Raises:
+        UserError: `never`, but the folder holds checkpoints; or the path is no checkpoint.
+    """
+    checkpoints = Path(config.run.output_dir) / "checkpoints"
+    if config.run.resume == "auto":
+        return newest_checkpoint(checkpoints)
+    if config.run.resume == "never":
+        newest = newest_checkpoint(checkpoints)
+        if newest is not None:
+            raise UserError(
+                "run.resume = never",
+                f"run.output_dir already holds {newest.name}",
+                "Set run.resume=auto to go on, or give another run.output_dir.",
+            )
+        return None
+    return find_checkpoint(config.run.resume)
+
+
+def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+    data = config.data
+    entries = [(entry.prefix, entry.weight) for entry in data.blend]
+    identity = None
+    if data.tokenizer is not None:
+        tokenizer = load_tokenizer(data.tokenizer)
+        identity = tokenizer.identity
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size = {config.model.vocab_size}",
+                f"is smaller than that of the tokenizer {data.tokenizer}, {tokenizer.vocab_size}",
+                f"Set model.vocab_size={tokenizer.vocab_size} or more.",
+            )
+    check_tokenizer(entries, config.model.vocab_size, identity)
+    train = open_blend(entries, data.split, "train", data.sequence_length, config.seed)
+    if train is None:
+        raise UserError("data.split", "leaves nothing for training", "Give a training share.")
+    validation = None
+    if config.training.eval_every is not None:
+        validation = open_blend(
+            entries, data.split, "validation", data.sequence_length, config.seed
+        )
+    return train, validation
+
+
+def _check_output_dir(config: RunConfig) -> None:
+    """The nearest existing parent must be a folder that can be written to."""
+    folder = Path(config.run.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(
+            f"run.output_dir = {config.run.output_dir}",
+            f"{folder} is no folder that can be written to",
+            "Give another folder.",
+        )

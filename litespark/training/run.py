@@ -1,0 +1,68 @@
+"""One rank of a training run, from the configuration to the end."""
+
+from __future__ import annotations
+
+import logging
+
+from litespark.config.schema import RunConfig
+from litespark.models.backends import select_backend
+from litespark.models.layer_specs import slot_table
+from litespark.parallel.groups import stop_process_group
+from litespark.training.hooks.checkpointing import Checkpointing
+from litespark.training.hooks.evaluation import Evaluation
+from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
+from litespark.training.hooks.nan_guard import NanGuard
+from litespark.training.hooks.signals import StopOnSignal
+from litespark.training.launch import end_with_launcher
+from litespark.training.loop import Hook, train
+from litespark.training.setup import set_up
+from litespark.training.state import TrainingRun
+
+logger = logging.getLogger("litespark.training")
+
+
+def run_training(config: RunConfig) -> None:
+    """Set up, train, save; what `litespark train` does in each process.
+
+    Raises:
+        UserError, StoppedBySignal, GuardError: see `litespark.errors`.
+    """
+    end_with_launcher()
+    try:
+        run = set_up(config)
+        _announce(run)
+        train(run, build_hooks(run))
+        run.record_event("finished", f"step {run.step}")
+        if run.train_batches is not None:
+            run.train_batches.close()
+    finally:
+        stop_process_group()
+
+
+def build_hooks(run: TrainingRun) -> list[Hook]:
+    """The hooks in their order: guards first, then what looks, then what saves, then the stop."""
+    writer = MetricsWriter(run)
+    checkpointing = Checkpointing()
+    hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing]
+    hooks.append(StopOnSignal(checkpointing.save))
+    if run.config.resilience.stop_on_nan:
+        hooks.insert(0, NanGuard())
+    return hooks
+
+
+def _announce(run: TrainingRun) -> None:
+    if not run.process.is_first:
+        return
+    device, config = run.process.device, run.config
+    logger.info(
+        "%d processes on %s (%s): %s%s%s",
+        run.process.world_size,
+        device.name,
+        device.distributed_backend,
+        run.layout.describe(),
+        ", sequence parallel" if config.parallel.sequence else "",
+        ", distributed optimizer" if config.parallel.distributed_optimizer else "",
+    )
+    backend = select_backend(config.model.backend)
+    for slot, module in slot_table(backend):
+        logger.info("  %-24s %-24s %s", slot, module, backend.name)

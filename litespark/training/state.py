@@ -1,0 +1,80 @@
+"""Everything that lives while a run trains, in one object that hooks and steps receive."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from litespark.config.schema import RunConfig
+from litespark.data.blend import Blend
+from litespark.data.loader import BatchLoader
+from litespark.objectives.language_modelling import ForwardStep
+from litespark.parallel.groups import Process
+from litespark.parallel.layout import RankLayout
+
+
+@dataclass
+class Timings:
+    """Seconds spent since the last line of metrics."""
+
+    steps_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+
+@dataclass
+class TrainingRun:
+    """A run in progress on this rank.
+
+    `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
+    count over the whole run, resumed parts included.
+    """
+
+    config: RunConfig
+    process: Process
+    layout: RankLayout
+    core_config: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    forward_step: ForwardStep
+    train_batches: BatchLoader | None
+    validation: Blend | None
+    reads_tokens: bool
+    step: int = 0
+    consumed_samples: int = 0
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.total_steps
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.output_dir)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this rank in one step."""
+        batch = self.config.batch
+        return batch.global_ // (batch.micro * self.layout.data)
+
+    def record_event(self, event: str, detail: str) -> None:
+        """Append a line to the run's `events.jsonl`; only the first rank writes."""
+        if self.process.is_first:
+            line: dict[str, Any] = {
+                "time": time.time(),
+                "step": self.step,
+                "event": event,
+                "detail": detail,
+            }
+            with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,131 @@
+"""One optimizer step, and one evaluation: forward and backward through megatron-core's schedule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from litespark.data.loader import Batch, BatchLoader
+from litespark.training.schedule import learning_rate
+from litespark.training.state import TrainingRun
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step left behind.
+
+    `loss_and_tokens` is fp64 [2] on the device: sum of the losses and number of tokens that this
+    rank saw, zero on ranks that do not hold the last pipeline stage.
+    """
+
+    loss_and_tokens: Tensor
+    grad_norm: float
+    learning_rate: float
+
+
+def train_step(run: TrainingRun) -> StepOutcome:
+    """Forward and backward of one global batch, gradient clipping, and the optimizer's update."""
+    started = time.perf_counter()
+    rate = learning_rate(run.step + 1, run.config)
+    set_learning_rate(run, rate)
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    micro_batches = _next_micro_batches(run, run.train_batches)
+    loss_and_tokens = _run_schedule(run, micro_batches, forward_only=False)
+    _, grad_norm, _ = run.optimizer.step()
+    run.step += 1
+    run.consumed_samples += run.config.batch.global_
+    run.timings.steps_seconds += time.perf_counter() - started
+    return StepOutcome(loss_and_tokens, float(grad_norm or 0.0), rate)
+
+
+def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> float:
+    """Mean loss per token over `num_steps` global batches; the same number on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
+    with parameters_synchronised(run.chunks):
+        for chunk in run.chunks:
+            chunk.eval()
+        for _ in range(num_steps):
+            total += _run_schedule(run, _next_micro_batches(run, batches), forward_only=True)
+        for chunk in run.chunks:
+            chunk.train()
+    return mean_loss(total)
+
+
+def mean_loss(loss_and_tokens: Tensor) -> float:
+    """Loss per token over the whole global batch, from each rank's part; a collective call."""
+    total = loss_and_tokens.clone()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(total, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+    loss_sum, num_tokens = total.tolist()
+    return loss_sum / num_tokens
+
+
+def set_learning_rate(run: TrainingRun, rate: float) -> None:
+    """Write the rate and each group's weight decay (none on norms) into the optimizer."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = run.config.optimizer.weight_decay * group.get("wd_mult", 1.0)
+
+
+@contextmanager
+def parameters_synchronised(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Within the block every rank's parameters are those of the last step.
+
+    With `overlap_param_gather` a rank's copy of the other ranks' shards is one step old until the
+    next forward pass asks for it; evaluating or saving it would be silently wrong.
+    """
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
+
+
+def _next_micro_batches(run: TrainingRun, batches: BatchLoader | None) -> Sequence[Batch | None]:
+    if batches is None:
+        return [None] * run.num_micro_batches
+    micro_batches = batches.next_step()
+    run.timings.data_wait_seconds += batches.wait_seconds
+    return micro_batches
+
+
+def _run_schedule(
+    run: TrainingRun, micro_batches: Sequence[Batch | None], *, forward_only: bool
+) -> Tensor:
+    """megatron-core's schedule for these degrees over one global batch; fp64 [2], see StepOutcome.
+
+    Under the interleaved schedule every chunk takes the micro-batches from its own iterator.
+    """
+    several = len(run.chunks) > 1
+    iterators = [iter(micro_batches) for _ in run.chunks]
+    schedule = get_forward_backward_func()
+    reports: list[dict[str, Any]] = schedule(
+        forward_step_func=run.forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=run.chunks if several else run.chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=run.config.data.sequence_length,
+        micro_batch_size=run.config.batch.micro,
+        decoder_seq_length=run.config.data.sequence_length,
+        forward_only=forward_only,
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
+    for report in reports:
+        total += report["loss_and_tokens"]
+    return total

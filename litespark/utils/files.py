@@ -1,0 +1,86 @@
+"""Files that are either complete or absent.
+
+A process can be killed, and a disk can fill, between any two writes.  Whatever must be whole when
+it is there is therefore written under a temporary name in the same folder, forced to the disk,
+and renamed: a rename within one file system is atomic, so a reader sees the old file, the new
+one, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def temporary_name(path: str | os.PathLike[str]) -> Path:
+    """Return a fresh name in the folder of `path`, so that renaming it to `path` is atomic."""
+    final = Path(path)
+    return final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Force the folder's list of names to the disk, without which a rename can be lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_durably(temporary: Path, final: Path) -> None:
+    """Rename `temporary`, already forced to the disk, to `final` and force the rename too."""
+    os.replace(temporary, final)
+    fsync_folder(final.parent)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes so that it appears whole when the block ends, or not at all.
+
+    When the block raises, the temporary file is removed and an older `path` stays as it was.
+
+    Raises:
+        OSError: when the folder is missing or the disk is full.
+    """
+    final = Path(path)
+    temporary = temporary_name(final)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durably(temporary, final)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all.
+
+    Raises:
+        OSError: when the folder is missing or the disk is full.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits, in constant memory.
+
+    Raises:
+        OSError: when the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

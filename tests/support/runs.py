@@ -1,0 +1,82 @@
+"""Small runs for tests: a configuration, a shard of learnable tokens, and one rank's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB_SIZE = 120
+
+
+def write_shard(
+    prefix: Path, *, documents: int = 60, seed: int = 0, vocab: int = VOCAB_SIZE
+) -> str:
+    """Write a shard in which every second token follows from the one before, and return its name."""
+    from litespark.data.indexed import IndexedWriter
+
+    generator = np.random.default_rng(seed)
+    with IndexedWriter(str(prefix), vocab) as writer:
+        for _ in range(documents):
+            tokens = generator.integers(0, vocab, size=int(generator.integers(40, 200)))
+            tokens[1::2] = (tokens[: len(tokens[1::2]) * 2 : 2] * 3 + 1) % vocab
+            writer.add_document(tokens.tolist())
+    return str(prefix)
+
+
+def config_tree(folder: Path, shard: str) -> dict[str, Any]:
+    """A run of 10 steps of a model whose every axis divides by 4."""
+    return {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "num_attention_heads": 8,
+            "num_query_groups": 4,
+            "vocab_size": VOCAB_SIZE,
+            "max_sequence_length": 64,
+        },
+        "precision": {"mode": "fp32"},
+        "data": {"blend": [{"prefix": shard}], "split": [90, 10, 0], "sequence_length": 32},
+        "batch": {"global": 8, "micro": 2},
+        "optimizer": {"lr": 1e-3},
+        "training": {"steps": 10},
+        "logging": {"tensorboard": False},
+    }
+
+
+def train_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str]
+) -> list[tuple[float, float]]:
+    """Train as `litespark train` does, without hooks; the loss and gradient norm of each step."""
+    from litespark.config import load_config
+    from litespark.training.setup import set_up
+    from litespark.training.step import mean_loss, train_step
+
+    run = set_up(load_config(config_path, overrides))
+    history = []
+    while run.step < run.total_steps:
+        outcome = train_step(run)
+        history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
+    if run.train_batches is not None:
+        run.train_batches.close()
+    return history
+
+
+def train_and_save_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str], stop_step: int
+) -> None:
+    """Train `stop_step` steps of the run and save its state."""
+    from litespark.config import load_config
+    from litespark.training.hooks.checkpointing import Checkpointing
+    from litespark.training.setup import set_up
+    from litespark.training.step import train_step
+
+    run = set_up(load_config(config_path, overrides))
+    while run.step < stop_step:
+        train_step(run)
+    Checkpointing().save(run)
+    if run.train_batches is not None:
+        run.train_batches.close()

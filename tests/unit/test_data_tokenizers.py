@@ -1,0 +1,151 @@
+"""Tokenizers agree with their libraries, and document text never becomes a control token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import sentencepiece
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from litespark.data.tokenizers import load_tokenizer
+from litespark.errors import UserError
+from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece
+
+CONTROL_TEXT = "a</s>b <s> <unk> <0x41> </s>"
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory):
+    return train_json_tokenizer(tmp_path_factory.mktemp("json"))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("model"))
+
+
+def copy_json(json_folder, tmp_path, **companions):
+    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
+    for name, value in companions.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    return tmp_path
+
+
+def test_json_ids_are_the_librarys(json_folder):
+    reference = LibraryTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(json_folder)
+    texts = [*PARAGRAPHS[:50], "", " ", "ä\U0001f600\0"]
+    expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [tokenizer.encode(text) for text in texts] == expected
+    assert tokenizer.encode_batch(texts) == expected
+    assert [tokenizer.decode(ids) for ids in expected] == texts
+
+
+def test_sentencepiece_ids_are_the_librarys(model_folder):
+    reference = sentencepiece.SentencePieceProcessor(
+        model_file=str(model_folder / "tokenizer.model")
+    )
+    tokenizer = load_tokenizer(model_folder / "tokenizer.model")
+    texts = [*PARAGRAPHS[:50], "", " ", "ä\U0001f600"]
+    expected = [reference.encode(text) for text in texts]
+    assert [tokenizer.encode(text) for text in texts] == expected
+    assert tokenizer.encode_batch(texts) == expected
+    assert tokenizer.decode(expected[0]) == texts[0]
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_control_token_text_stays_text(kind, json_folder, model_folder):
+    tokenizer = load_tokenizer(json_folder if kind == "json" else model_folder)
+    for ids in (tokenizer.encode(CONTROL_TEXT), tokenizer.encode_batch([CONTROL_TEXT])[0]):
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.bos_id not in ids
+        assert tokenizer.decode(ids) == CONTROL_TEXT
+
+
+def test_the_library_alone_would_take_control_text_for_a_token(json_folder):
+    reference = LibraryTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    assert 1 in reference.encode(CONTROL_TEXT, add_special_tokens=False).ids
+
+
+def test_attributes(json_folder, model_folder):
+    for folder, name in ((json_folder, "tokenizer.json"), (model_folder, "tokenizer.model")):
+        tokenizer = load_tokenizer(folder)
+        content = (folder / name).read_bytes()
+        assert tokenizer.identity == hashlib.sha256(content).hexdigest()
+        assert tokenizer.path == folder / name
+        assert tokenizer.files == (folder / name,)
+    assert (load_tokenizer(json_folder).bos_id, load_tokenizer(json_folder).eos_id) == (0, 1)
+    assert (load_tokenizer(model_folder).bos_id, load_tokenizer(model_folder).eos_id) == (1, 2)
+    reference = sentencepiece.SentencePieceProcessor(
+        model_file=str(model_folder / "tokenizer.model")
+    )
+    assert load_tokenizer(model_folder).vocab_size == reference.vocab_size()
+
+
+def test_vocab_size_counts_added_tokens_by_their_largest_id(json_folder, tmp_path):
+    library = LibraryTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    before = library.get_vocab_size()
+    library.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == before + 1
+
+
+def test_vocab_size_of_a_model_counts_added_tokens(model_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 40000}))
+    assert load_tokenizer(tmp_path).vocab_size == 40001
+
+
+def test_eos_is_taken_from_the_files_beside(json_folder, tmp_path):
+    config = {"eos_token": {"content": "<s>", "__type": "AddedToken"}, "bos_token": None}
+    tokenizer = load_tokenizer(
+        copy_json(
+            json_folder, tmp_path, tokenizer_config=config, special_tokens_map={"bos_token": "</s>"}
+        )
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+    assert [f.name for f in tokenizer.files] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ]
+
+
+def test_eos_that_the_vocabulary_lacks_is_an_error(json_folder, tmp_path):
+    folder = copy_json(json_folder, tmp_path, tokenizer_config={"eos_token": "<|none|>"})
+    with pytest.raises(UserError, match="lacks"):
+        load_tokenizer(folder)
+
+
+def test_no_control_tokens_give_none(tmp_path):
+    tokenizer = load_tokenizer(train_json_tokenizer(tmp_path, eos=None))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+
+
+def test_truncation_and_padding_asked_for_by_the_file_are_off(json_folder, tmp_path):
+    library = LibraryTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    library.enable_truncation(4)
+    library.enable_padding(length=4)
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = PARAGRAPHS[3]
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(json_folder).encode(text)
+    assert load_tokenizer(tmp_path).encode_batch([text, ""])[1] == []
+
+
+def test_wrong_files_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's format, as Llama 3's
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    (tmp_path / "a.txt").write_text("x")
+    for name, message in [
+        ("none", "no such file"),
+        ("empty", "holds neither"),
+        ("tokenizer.model", "not a sentencepiece model"),
+        ("tokenizer.json", "not a tokenizer.json"),
+        ("a.txt", "suffix"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path / name)

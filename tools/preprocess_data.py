@@ -1,0 +1,126 @@
+"""`litespark preprocess` under Megatron-LM's flag names, for scripts that know them.
+
+    python tools/preprocess_data.py --input a.jsonl --output-prefix data/a --json-keys text \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
+        --workers 8
+
+Differences from Megatron-LM's tool: documents are ended with the end-of-text token unless
+--no-append-eod is given; no BOS is added, whatever the tokenizer type; --partitions is accepted
+and has no effect, because workers already share each file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from litespark.cli.exits import run_command
+from litespark.cli.preprocess import add_common_arguments, run_options
+from litespark.errors import UserError
+
+# Megatron-LM's names of the two kinds of tokenizer that litespark reads, and the file of each.
+_FILE_OF_TYPE = {
+    "HuggingFaceTokenizer": "tokenizer.json",
+    "SentencePieceTokenizer": "tokenizer.model",
+    "Llama2Tokenizer": "tokenizer.model",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        "--tokenizer",
+        dest="tokenizer",
+        required=True,
+        metavar="DIR_OR_MODEL",
+        help="a folder with tokenizer.json or tokenizer.model, or such a file; local files only",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        metavar="TYPE",
+        help=f"one of {', '.join(_FILE_OF_TYPE)}; default: what the file is",
+    )
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        dest="json_keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys of the text in each object, one shard each (default: text)",
+    )
+    parser.add_argument(
+        "--partitions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="accepted for Megatron-LM's sake; has no effect",
+    )
+    add_common_arguments(parser)
+    return parser
+
+
+def tokenizer_path(path: str, tokenizer_type: str | None) -> str:
+    """Return the tokenizer to load, having checked that it is of Megatron-LM's type.
+
+    Raises:
+        UserError: when the type is unknown or the path holds the other kind.
+    """
+    if tokenizer_type is None:
+        return path
+    if tokenizer_type not in _FILE_OF_TYPE:
+        raise UserError(
+            f"--tokenizer-type {tokenizer_type}",
+            "is not supported",
+            f"Use one of {', '.join(_FILE_OF_TYPE)}.",
+        )
+    wanted = _FILE_OF_TYPE[tokenizer_type]
+    if Path(path).is_dir():
+        return str(Path(path) / wanted)
+    if Path(path).suffix != Path(wanted).suffix:
+        raise UserError(
+            f"--tokenizer-type {tokenizer_type}",
+            f"needs a file like {wanted}, and --tokenizer-model is {path}",
+            "Leave --tokenizer-type out to have it taken from the file.",
+        )
+    return path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one shard for each key; return 0."""
+    from litespark.data.preprocess import PreprocessOptions
+
+    if args.partitions > 1:
+        sys.stderr.write(
+            f"note: --partitions {args.partitions} has no effect; "
+            f"{args.workers} workers share each file\n"
+        )
+    options = PreprocessOptions(
+        inputs=tuple(args.input),
+        tokenizer=tokenizer_path(args.tokenizer, args.tokenizer_type),
+        output_prefix=args.output_prefix,
+        workers=args.workers,
+        append_eod=args.append_eod,
+        on_error=args.on_error,
+        max_errors=args.max_errors,
+        overwrite=args.overwrite,
+    )
+    for key in args.json_keys:
+        run_options(replace(options, json_key=key))
+    return 0
+
+
+def main() -> int:
+    """Run the tool on the command line's arguments; return its exit code."""
+    args = build_parser().parse_args()
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
