@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 class LitesparkError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the process ends with.
 
-    `on_every_rank` says that all processes of the job raise it alike, so that one message is enough.
+    `on_every_rank` says that all processes of the job raise it alike, so that one message will do.
     """
 
     exit_code: ExitCode = ExitCode.FAILED
@@ -48,6 +48,10 @@ class UserError(LitesparkError):
         self.fix = fix
         super().__init__(f"{where}: {problem}. {fix}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Processes send each other errors; an exception is otherwise rebuilt from its message."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
 
 class UserErrors(UserError):
     """Several mistakes reported at once, one line each; `errors` holds them."""
@@ -55,6 +59,15 @@ class UserErrors(UserError):
     def __init__(self, errors: Sequence[UserError]) -> None:
         self.errors = tuple(errors)
         LitesparkError.__init__(self, "\n".join(str(error) for error in self.errors))
+
+
+def _rebuild(
+    kind: type[UserError], args: tuple[object, ...], attributes: dict[str, object]
+) -> UserError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 def raise_user_errors(errors: Sequence[UserError]) -> None:

@@ -3,15 +3,18 @@
 Without: the first save *spawns* a manager process, which imports the main script again: a script
 without a `__main__` guard fails, and any other waits 1.7 s
 (`dist_checkpointing/strategies/filesystem_async.py`). Spawning protects a CUDA context that does
-not exist here, so the process is forked (0.15 s).
+not exist here, so the process is forked (0.15 s). The manager of a rank that is killed outright
+would stay behind; ours ends with its rank.
 
 Goes when: megatron-core lets the caller choose the start method.
 """
 
 from __future__ import annotations
 
+from multiprocessing.managers import SyncManager
 from typing import Any
 
+from litespark.utils.processes import end_with_parent
 from megatron_patches.attributes import Undo, replace_attributes
 from megatron_patches.registry import Condition, Patch
 
@@ -22,7 +25,8 @@ def _apply() -> Undo:
 
     def results_queue() -> Any:
         if filesystem_async._results_queue is None:
-            manager = torch.multiprocessing.get_context("fork").Manager()
+            manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
+            manager.start(initializer=end_with_parent)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 

@@ -1,7 +1,8 @@
 """Which patches exist, when each of them applies, and how they are put in and taken out.
 
 Nothing happens at import: `apply_patches` is called once, by the training setup, before a model or
-an optimizer is built."""
+an optimizer is built.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,8 @@ def _apply() -> Undo:
     from torch.distributed.checkpoint.api import CheckpointException
 
     def load_weights_only(file: Any, *args: Any, **kwargs: Any) -> Any:
-        return torch.load(file, *args, **{**kwargs, "weights_only": True})
+        kwargs.pop("weights_only", None)
+        return torch.load(file, *args, weights_only=True, **kwargs)
 
     # torch turns what read_metadata raises into text, so the last refusal is kept here.
     refused: list[UnsafeCheckpointError] = []

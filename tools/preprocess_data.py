@@ -1,8 +1,7 @@
 """`litespark preprocess` under Megatron-LM's flag names, for scripts that know them.
 
-    python tools/preprocess_data.py --input a.jsonl --output-prefix data/a --json-keys text \
+    python tools/preprocess_data.py --input a.jsonl --output-prefix data/a --workers 8 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
-        --workers 8
 
 Differences from Megatron-LM's tool: documents are ended with the end-of-text token unless
 --no-append-eod is given; no BOS is added, whatever the tokenizer type; --partitions is accepted

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.transformer.module import Float16Module
+from torch.distributed.checkpoint.api import CheckpointException
 
 from litespark.errors import UserError
 
@@ -73,13 +73,19 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reporting(folder: Path) -> Iterator[None]:
-    """megatron-core's CheckpointingException derives from BaseException and slips past handlers."""
+    """Everything that a damaged or foreign folder makes megatron-core and torch raise.
+
+    torch's CheckpointException derives from BaseException and slips past `except Exception`; a
+    missing `common.pt` makes megatron-core stumble over its own message (AttributeError).
+    """
     try:
         yield
-    except CheckpointingException as error:
+    except (CheckpointingException, CheckpointException, OSError, AttributeError) as error:
+        reason: BaseException = error
+        if isinstance(error, CheckpointException):
+            reason = next(iter(error.failures.values()))[0]
         raise UserError(
             str(folder),
-            f"cannot be loaded into this model ({error})",
+            f"cannot be loaded into this model ({type(reason).__name__}: {reason})",
             "Take another checkpoint, or the configuration this one was written with.",
         ) from error
-

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         )
     print(  # noqa: T201
         f"wrote {exported.folder}: {exported.num_parameters:,} parameters in "
-        f"{exported.num_tensors} tensors, {exported.dtype_name}, {exported.num_bytes / 1e9:.3f} GB "
-        f"in {len(exported.weight_files)} file(s), "
+        f"{exported.num_tensors} tensors, {exported.dtype_name}, "
+        f"{exported.num_bytes / 1e6:,.1f} MB in {len(exported.weight_files)} file(s), "
         f"{'with' if exported.has_tokenizer else 'without'} tokenizer, from {checkpoint}"
     )
     return ExitCode.DONE

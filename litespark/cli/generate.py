@@ -52,7 +52,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "likeliest (default: 0.8)",
     )
     parser.add_argument(
-        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (default: all)"
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="draw from the K likeliest tokens only (default: all)",
     )
     parser.add_argument(
         "--top-p",
@@ -61,8 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="draw only from the likeliest tokens that together have probability P (default: all)",
     )
     parser.add_argument(
-        "--seed", type=int, default=1234, help="seed of the draws; same seed, same text "
-        "(default: 1234)"
+        "--seed",
+        type=int,
+        default=1234,
+        help="seed of the draws; same seed, same text (default: 1234)",
     )
     parser.add_argument(
         "--tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ examples:
       --output-prefix data/chunk1 --workers 32 --on-error skip
 
 exit codes: 0 done, 2 the input or an option is wrong (the message names the file and line),
-1 anything else (disk full, a process killed).
+1 anything else (disk full, a process killed); whatever the end, no half-written output stays.
 """
 
 
@@ -149,6 +150,8 @@ def run_options(options: PreprocessOptions) -> int:
     """
     from litespark.data.preprocess import Progress, preprocess
 
+    # A scheduler's SIGTERM unwinds like an error, so that the temporary files go.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     last = Progress()
 
     with _progress_line() as show:

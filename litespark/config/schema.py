@@ -26,7 +26,9 @@ class RopeScalingConfig(Section):
 
     factor: float = Field(gt=0, description="How much longer the sequences become.")
     low_freq_factor: float = Field(
-        default=1.0, gt=0, description="Wavelengths above original length / this are scaled by 1/factor."
+        default=1.0,
+        gt=0,
+        description="Wavelengths above original length / this are scaled by 1/factor.",
     )
     high_freq_factor: float = Field(
         default=4.0, gt=0, description="Wavelengths below original length / this are left alone."
@@ -60,10 +62,16 @@ class ModelConfig(Section):
         "never takes probability and is not exported.",
     )
     max_sequence_length: int = Field(ge=1, description="Longest sequence, in tokens.")
-    norm_epsilon: float = Field(default=1e-5, gt=0, description="Epsilon inside RMSNorm's square root.")
+    norm_epsilon: float = Field(
+        default=1e-5, gt=0, description="Epsilon inside RMSNorm's square root."
+    )
     rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary frequencies.")
-    rope_scaling: RopeScalingConfig | None = Field(default=None, description="Llama 3's scaling, or none.")
-    tie_embeddings: bool = Field(default=False, description="LM head shares the embedding's weight.")
+    rope_scaling: RopeScalingConfig | None = Field(
+        default=None, description="Llama 3's scaling, or none."
+    )
+    tie_embeddings: bool = Field(
+        default=False, description="LM head shares the embedding's weight."
+    )
     init_std: float = Field(
         default=0.02,
         gt=0,
@@ -86,7 +94,7 @@ class ModelConfig(Section):
             raise PydanticCustomError(
                 "unknown_preset", "{preset}", {"preset": preset, "field": "preset"}
             )
-        filled = {**PRESETS.get(preset, {}), **values}
+        filled: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **values}
         heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
         if filled.get("num_query_groups") is None and heads is not None:
             filled["num_query_groups"] = heads
@@ -108,11 +116,16 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1, description="Tensor-parallel size (TP).")
     pipeline: int = Field(default=1, ge=1, description="Pipeline stages (PP).")
     virtual_pipeline: int = Field(
-        default=1, ge=1, description="Model chunks per pipeline rank; above 1 the schedule is interleaved."
+        default=1,
+        ge=1,
+        description="Model chunks per pipeline rank; above 1 the schedule is interleaved.",
     )
-    context: int = Field(default=1, ge=1, description="Context-parallel size (CP): splits the sequence.")
+    context: int = Field(
+        default=1, ge=1, description="Context-parallel size (CP): splits the sequence."
+    )
     sequence: bool = Field(
-        default=False, description="Sequence parallelism: norms and residuals hold 1/TP of the sequence."
+        default=False,
+        description="Sequence parallelism: norms and residuals hold 1/TP of the sequence.",
     )
     distributed_optimizer: bool = Field(
         default=True, description="Optimizer state is split over the data-parallel ranks (ZeRO-1)."
@@ -121,14 +134,17 @@ class ParallelConfig(Section):
         default=False, description="Gradients are reduced over data-parallel ranks during backward."
     )
     overlap_param_gather: bool = Field(
-        default=False, description="Parameters are gathered during forward; needs the distributed optimizer"
+        default=False,
+        description="Parameters are gathered during forward; needs the distributed optimizer",
     )
 
 
 class PrecisionConfig(Section):
     """Number formats; master weights, Adam moments and gradient sums are always fp32."""
 
-    mode: Literal["bf16", "fp32"] = Field("bf16", description="Format of weights and activations.")
+    mode: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Format of weights and activations."
+    )
 
 
 class BlendEntry(Section):
@@ -137,7 +153,9 @@ class BlendEntry(Section):
     prefix: str = Field(
         description="Path of a shard without .bin/.idx, e.g. data/wiki_text_document"
     )
-    weight: float = Field(default=1.0, gt=0, description="Share of the samples, relative to the others.")
+    weight: float = Field(
+        default=1.0, gt=0, description="Share of the samples, relative to the others."
+    )
 
 
 class DataConfig(Section):
@@ -151,14 +169,17 @@ class DataConfig(Section):
     )
     sequence_length: int = Field(ge=1, description="Tokens in one training sample.")
     tokenizer: str | None = Field(
-        default=None, description="Tokenizer folder or file; copied into exports, used by `generate`."
+        default=None,
+        description="Tokenizer folder or file; copied into exports, used by `generate`.",
     )
 
 
 class BatchConfig(Section):
     """How many samples make one optimizer step."""
 
-    micro: int = Field(default=1, ge=1, description="Samples of one forward pass on one data-parallel rank")
+    micro: int = Field(
+        default=1, ge=1, description="Samples of one forward pass on one data-parallel rank"
+    )
     global_: int = Field(alias="global", ge=1, description="Samples of one optimizer step.")
 
 
@@ -168,9 +189,15 @@ class OptimizerConfig(Section):
     lr: float = Field(gt=0, description="Peak learning rate.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="Decay of the second moment.")
-    epsilon: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices.")
-    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm to clip at; 0: never.")
+    epsilon: float = Field(
+        default=1e-8, gt=0, description="Added to the root of the second moment."
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay of matrices."
+    )
+    clip_grad: float = Field(
+        default=1.0, ge=0, description="Global gradient norm to clip at; 0: never."
+    )
 
 
 class ScheduleConfig(Section):
@@ -195,9 +222,13 @@ class TrainingConfig(Section):
     """How long to train and how often to look; intervals are in optimizer steps."""
 
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; or give `tokens`.")
-    tokens: int | None = Field(default=None, ge=1, description="Training tokens, rounded up to whole steps")
+    tokens: int | None = Field(
+        default=None, ge=1, description="Training tokens, rounded up to whole steps"
+    )
     log_every: int = Field(default=1, ge=1, description="Steps between two lines of metrics.")
-    eval_every: int | None = Field(default=None, ge=1, description="Steps between evaluations; null: never")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between evaluations; null: never"
+    )
     eval_steps: int = Field(default=10, ge=1, description="Global batches of one evaluation.")
     save_every: int | None = Field(
         default=None, ge=1, description="Steps between checkpoints; the last step is always saved."
@@ -212,13 +243,17 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """What is kept of the run's states."""
 
-    keep_last: int | None = Field(default=None, ge=1, description="Newest checkpoints to keep; null: all.")
+    keep_last: int | None = Field(
+        default=None, ge=1, description="Newest checkpoints to keep; null: all."
+    )
 
 
 class LoggingConfig(Section):
     """Where metrics go beside `metrics.jsonl` and the console."""
 
-    tensorboard: bool = Field(default=True, description="Write event files to <output_dir>/tensorboard.")
+    tensorboard: bool = Field(
+        default=True, description="Write event files to <output_dir>/tensorboard."
+    )
     wandb_project: str | None = Field(
         default=None, description="Weights & Biases project; needs the extra litespark[wandb]."
     )
@@ -228,7 +263,8 @@ class ResilienceConfig(Section):
     """What to do when something goes wrong."""
 
     stop_on_nan: bool = Field(
-        default=True, description="End the run with exit code 4 when loss or gradient norm is not finite."
+        default=True,
+        description="End the run with exit code 4 when loss or gradient norm is not finite.",
     )
     collective_timeout_seconds: float = Field(
         default=600.0, gt=0, description="A collective that takes longer than this ends the run."
@@ -251,7 +287,9 @@ class RunConfig(Section):
     """The whole of a run."""
 
     task: Literal["pretrain"] = Field(default="pretrain", description="What is trained for.")
-    seed: int = Field(default=1234, ge=0, description="Seed of the weights and of the sample order.")
+    seed: int = Field(
+        default=1234, ge=0, description="Seed of the weights and of the sample order."
+    )
     run: RunSection
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -12,9 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from litespark.data.word_cache import WordCache, json_can_be_cut, sentencepiece_can_be_cut
 from litespark.errors import UserError
 
 _JSON_NAME = "tokenizer.json"
@@ -56,6 +61,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of each text."""
+        ...
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -151,6 +160,7 @@ class JsonTokenizer:
         self.vocab_size = max(self._ids.values()) + 1
         self.bos_id = self._control_id(file, "bos_token", _USUAL_BOS)
         self.eos_id = self._control_id(file, "eos_token", _USUAL_EOS)
+        self._content = content
         self.identity = hashlib.sha256(content).hexdigest()
         self.path = file
         self.files = _files_to_ship(file)
@@ -179,6 +189,16 @@ class JsonTokenizer:
         """Return `encode` of each text, on as many threads as the library takes."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _word_cache(self) -> WordCache | None:
+        return WordCache(self.encode) if json_can_be_cut(self._content) else None
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
+        if self._word_cache is not None:
+            return [self._word_cache.encode(text) for text in texts]
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens give no text."""
@@ -209,6 +229,7 @@ class SentencePieceTokenizer:
         self.vocab_size = max([self._processor.vocab_size(), *(i + 1 for i in added_ids)])
         self.bos_id = _id_or_none(self._processor.bos_id())
         self.eos_id = _id_or_none(self._processor.eos_id())
+        self._content = content
         self.identity = hashlib.sha256(content).hexdigest()
         self.path = file
         self.files = _files_to_ship(file)
@@ -220,6 +241,16 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of each text."""
         return [self._processor.EncodeAsIds(text) for text in texts]
+
+    @cached_property
+    def _word_cache(self) -> WordCache | None:
+        return WordCache(self.encode) if sentencepiece_can_be_cut(self._content) else None
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
+        if self._word_cache is not None:
+            return [self._word_cache.encode(text) for text in texts]
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens and ids beyond the model give no text."""

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from dataclasses import dataclass
-from multiprocessing import parent_process
 
 import numpy as np
 
 from litespark.data.indexed import token_type
 from litespark.data.readers import LineBlock, numbered_lines, parse_line
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
+from litespark.utils.processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,9 @@ def initialize(settings: Settings) -> None:
     global _settings, _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
     _settings = settings
     _tokenizer = load_tokenizer(settings.tokenizer)
-
-
-def _exit_with_parent() -> None:
-    # A parent that is killed outright cannot shut its pool down; without this, its workers would
-    # wait for work for ever.
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def tokenize_block(block: LineBlock) -> TokenizedBlock:
@@ -81,15 +71,17 @@ def tokenize_block(block: LineBlock) -> TokenizedBlock:
         else:
             texts.append(parsed.text)
             replaced_surrogates += parsed.replaced_surrogates
-    documents = _tokenizer.encode_batch(texts)
-    if _settings.eod_id is not None:
-        for ids in documents:
-            if ids:  # as Megatron's tool: an empty document stays empty
-                ids.append(_settings.eod_id)
     dtype = token_type(_tokenizer.vocab_size)
+    end = b"" if _settings.eod_id is None else np.array([_settings.eod_id], dtype).tobytes()
+    # As Megatron's tool: an empty document stays empty.
+    documents = [
+        ids.astype(dtype).tobytes() + end if ids.size else b""
+        for ids in _tokenizer.encode_arrays(texts)
+    ]
+    sizes = [len(document) // np.dtype(dtype).itemsize for document in documents]
     return TokenizedBlock(
-        tokens=b"".join([np.array(ids, dtype=dtype).tobytes() for ids in documents]),
-        lengths=np.array([len(ids) for ids in documents], dtype=np.int32).tobytes(),
+        tokens=b"".join(documents),
+        lengths=np.array(sizes, dtype=np.int32).tobytes(),
         text_bytes=sum(len(text.encode("utf-8")) for text in texts),
         replaced_surrogates=replaced_surrogates,
         bad_lines=tuple(bad_lines),

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from litespark.errors import UserError
 from litespark.metering.charts import WIDE, run_charts, short_name
 from litespark.metering.flops import flops_per_token, total_parameters
 from litespark.metering.headline import Figure, headline, large_count
@@ -93,12 +94,19 @@ def write_report(
         output: file to write; default: `report.html` in `run_dir`.
 
     Raises:
-        UserError: when a folder holds no run or a file in it cannot be read.
+        UserError: when a folder holds no run, a file in it cannot be read, or the page not written.
     """
     run = read_run(run_dir)
     other = None if compare_dir is None else read_run(compare_dir)
     path = run_dir / REPORT_FILE if output is None else output
-    write_text_atomically(path, render_report(run, other))
+    try:
+        write_text_atomically(path, render_report(run, other))
+    except OSError as error:
+        raise UserError(
+            str(path),
+            f"the report cannot be written ({error.strerror})",
+            "Give --output a file in a folder that exists and can be written to.",
+        ) from error
     return path
 
 

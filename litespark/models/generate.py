@@ -81,7 +81,9 @@ def generate(
     while len(new_ids) < max_new_tokens:
         start = context.sequence_len_offset
         positions_bs = torch.arange(start, start + ids_bs.size(1), device=device)[None]
-        logits_b1v = model(ids_bs, positions_bs, None, inference_context=context)
+        logits_b1v = model(
+            ids_bs, positions_bs, None, inference_context=context, runtime_gather_output=True
+        )
         context.increment_sequence_len_offset(ids_bs.size(1))
         context.enable_decode_mode()
         chosen = choose(model.mask_padding(logits_b1v)[0, -1], sampling, generator)

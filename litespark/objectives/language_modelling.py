@@ -26,7 +26,9 @@ class LanguageBatch(Protocol):
 
 # megatron-core's contract: the loss to differentiate, the token count, what to report.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-ForwardStep = Callable[[Iterator[LanguageBatch | None], torch.nn.Module], tuple[Tensor, LossFunction]]
+ForwardStep = Callable[
+    [Iterator[LanguageBatch | None], torch.nn.Module], tuple[Tensor, LossFunction]
+]
 
 
 def language_modelling_step(device: torch.device) -> ForwardStep:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from litespark.config.schema import ParallelConfig
 from litespark.parallel.device import ComputeDevice, select_device
@@ -43,7 +44,7 @@ def start_process_group(timeout_seconds: float) -> Process:
     if world_size_from_environment() is None:
         process = Process(0, 1, 0, 1, select_device(0, 1))
         dist.init_process_group(
-            process.device.distributed_backend, store=dist.HashStore(), rank=0, world_size=1
+            process.device.distributed_backend, store=HashStore(), rank=0, world_size=1
         )
         return process
     rank, world_size, local_rank = (
@@ -51,9 +52,7 @@ def start_process_group(timeout_seconds: float) -> Process:
     )
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = select_device(local_rank, local_world_size)
-    dist.init_process_group(
-        device.distributed_backend, timeout=timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group(device.distributed_backend, timeout=timedelta(seconds=timeout_seconds))
     return Process(rank, world_size, local_rank, local_world_size, device)
 
 

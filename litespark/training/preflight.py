@@ -6,7 +6,7 @@ message; every rank runs them again, because on many nodes each sees its own fil
 
 from __future__ import annotations
 
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +90,16 @@ def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
 
 
 def _check_output_dir(config: RunConfig) -> None:
-    """The nearest existing parent must be a folder that can be written to."""
+    """Whether the folder can be made: tried in its nearest existing parent, and undone."""
     folder = Path(config.run.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".litespark-"):
+            pass
+    except OSError as error:
         raise UserError(
             f"run.output_dir = {config.run.output_dir}",
-            f"{folder} is no folder that can be written to",
+            f"{folder} is no folder that can be written to ({error.strerror})",
             "Give another folder.",
-        )
+        ) from None

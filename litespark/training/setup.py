@@ -1,6 +1,6 @@
 """Puts a run together, always in the same order, and is the only place that applies patches.
 
-processes -> patches -> user's mistakes -> groups -> seed -> model -> optimizer -> data -> checkpoint
+processes, patches, user's mistakes, groups, seed, model, optimizer, data, checkpoint
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.language_modelling import language_modelling_step
 from litespark.parallel.groups import (
-    Process,
     gather_objects,
     start_model_parallel,
     start_process_group,
@@ -63,7 +62,7 @@ def set_up(config: RunConfig) -> TrainingRun:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     process = start_process_group(timeout_seconds)
     patches = apply_patches(process.device.type)
-    logger.info("%d patches to megatron-core: %s", len(patches), ", ".join(patches))
+    logger.info("%d patches to megatron-core, see megatron_patches/README.md", len(patches))
     checked = on_all_ranks(lambda: preflight(config, process.world_size))
     start_model_parallel(config.parallel, timeout_seconds)
     seed_all(config.seed)
@@ -150,9 +149,7 @@ def _build_model(
     ]
 
 
-def _build_optimizer(
-    config: RunConfig, chunks: list[DistributedDataParallel]
-) -> MegatronOptimizer:
+def _build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     adam = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",

@@ -43,7 +43,7 @@ def train_step(run: TrainingRun) -> StepOutcome:
     run.optimizer.zero_grad()
     micro_batches = _next_micro_batches(run, run.train_batches)
     loss_and_tokens = _run_schedule(run, micro_batches, forward_only=False)
-    _, grad_norm, _ = run.optimizer.step()
+    _, grad_norm, _ = run.optimizer.step()  # type: ignore[misc] - a triple
     run.step += 1
     run.consumed_samples += run.config.batch.global_
     run.timings.steps_seconds += time.perf_counter() - started
@@ -66,7 +66,8 @@ def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> f
 def mean_loss(loss_and_tokens: Tensor) -> float:
     """Loss per token over the whole global batch, from each rank's part; a collective call."""
     total = loss_and_tokens.clone()
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=replicas)  # type: ignore[arg-type] - one group
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(total, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
     loss_sum, num_tokens = total.tolist()
@@ -114,7 +115,7 @@ def _run_schedule(
     """
     several = len(run.chunks) > 1
     iterators = [iter(micro_batches) for _ in run.chunks]
-    schedule = get_forward_backward_func()
+    schedule: Any = get_forward_backward_func()
     reports: list[dict[str, Any]] = schedule(
         forward_step_func=run.forward_step,
         data_iterator=iterators if several else iterators[0],

@@ -11,8 +11,10 @@ _NOISE = (
     "Apex is not installed",
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor",
-    "`torch.distributed.*` is deprecated",
-    "overwriting_filesystem|TypedStorage is deprecated",
+    "`torch.distributed.* is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "If you are using transformer_engine as the transformer implementation",
 )
 
 

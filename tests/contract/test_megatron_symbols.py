@@ -1,7 +1,8 @@
 """What the patches take for granted about megatron-core and torch: names, parameters, attributes.
 
 When this fails after an upgrade, upstream has changed under a patch: adapt the patch, then this
-list."""
+list.
+"""
 
 from __future__ import annotations
 

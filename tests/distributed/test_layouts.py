@@ -3,8 +3,8 @@
 Same seed, so the same weights and samples.  The bound: a sum of n fp32 numbers in another order
 differs by about sqrt(n) 2^-24, and Adam divides gradients by their own size, so a tiny gradient's
 rounding moves its weight by a visible part of the learning rate.  At lr 1e-3 ten such steps moved
-the loss by at most 4e-7 of itself in the worst layout; the issue's bound, 1e-5, leaves room for
-other CPUs' kernels and is far below what any real fault causes (a forgotten reduction: 1e-3).
+the loss by at most 8e-8 of itself in the worst layout; 1e-5 leaves room for other CPUs' kernels and
+is far below what a real fault causes (a forgotten reduction: 1e-3).
 """
 
 from __future__ import annotations

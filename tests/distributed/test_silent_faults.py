@@ -2,7 +2,8 @@
 
 The losses of a run are a list of (loss, gradient norm) per step.  Runs of one process count as
 right: nothing in them is split.  Layouts agree with it to 1e-6 in the loss of four steps, see
-`test_layouts_agree`; the wrong numbers below are off by ten times that or, mostly, far more."""
+`test_layouts_agree`; the wrong numbers below are off by ten times that or, mostly, far more.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def train_sentencepiece(folder: Path, vocab_size: int = 700, **options: object) 
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(PARAGRAPHS),
+        sentence_iterator=(line for text in PARAGRAPHS for line in text.split("\n") if line),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=vocab_size,
         **(settings | options),

@@ -13,7 +13,7 @@ VOCAB_SIZE = 120
 def write_shard(
     prefix: Path, *, documents: int = 60, seed: int = 0, vocab: int = VOCAB_SIZE
 ) -> str:
-    """Write a shard in which every second token follows from the one before, and return its name."""
+    """Write a shard in which every second token follows from the one before; its prefix."""
     from litespark.data.indexed import IndexedWriter
 
     generator = np.random.default_rng(seed)

@@ -1,7 +1,8 @@
 """Run one function in several processes, as `torchrun` would, and collect what each rank returns.
 
 The processes are forked from a server that has torch and megatron-core imported already, so a run
-costs about a second instead of six.  The function itself initialises `torch.distributed`."""
+costs about a second instead of six.  The function itself initialises `torch.distributed`.
+"""
 
 from __future__ import annotations
 

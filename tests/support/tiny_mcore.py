@@ -1,7 +1,8 @@
 """A small GPT of plain megatron-core, trained in any layout from the same weights and data.
 
 Every layout starts from weights that depend on a parameter's global name and offset only, so the
-losses of two layouts can be compared without a checkpoint."""
+losses of two layouts can be compared without a checkpoint.
+"""
 
 from __future__ import annotations
 

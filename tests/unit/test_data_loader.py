@@ -28,7 +28,7 @@ def samples_of(batches):
 
 
 def run_steps(micro, size, consumed, steps, source=None):
-    """Return for each step the samples in the order (micro-batch, rank, row), and the final count."""
+    """Return each step's batches in the order (micro-batch, rank), and the final count."""
     loaders = [
         BatchLoader(source or Numbers(), micro, GLOBAL, rank, size, consumed)
         for rank in range(size)
@@ -142,7 +142,7 @@ def test_close_joins_the_thread_and_may_be_repeated():
 
 def test_no_global_generator_is_drawn_from():
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 - the global generator is what is watched
+    np.random.seed(5)
     before = torch.get_rng_state(), str(np.random.get_state())
     loader = BatchLoader(Numbers(), 2, 4, 0, 2)
     for _ in range(3):

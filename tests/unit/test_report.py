@@ -317,6 +317,13 @@ def test_missing_folder_and_missing_metrics(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_page_that_cannot_be_written(tmp_path):
+    run = make_run(tmp_path / "run", [step_record(1)])
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        write_report(run, output=tmp_path / "nowhere" / "page.html")
+    assert "--output" in caught.value.fix
+
+
 def test_bad_config_is_an_error_with_its_line(tmp_path):
     run = make_run(tmp_path / "run", [step_record(1)], "a: 1\nb: [\n")
     with pytest.raises(UserError, match=r"config\.yaml:3: the file is no YAML"):

@@ -9,16 +9,12 @@ one machine without a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from litespark.checkpoint.folder import STATE
 from litespark.checkpoint.hf.folder import (
     model_card,
     new_folder,
@@ -26,11 +22,10 @@ from litespark.checkpoint.hf.folder import (
     write_json,
     write_tokenizer,
 )
-from litespark.checkpoint.hf.llama import Entry, entries, hf_config, to_hf
+from litespark.checkpoint.hf.llama import hf_config
+from litespark.checkpoint.hf.read import CheckpointReader
 from litespark.checkpoint.hf.shards import MAX_SHARD_BYTES, ShardWriter
 from litespark.checkpoint.run_state import RunState
-from litespark.checkpoint.sharded import load_sharded
-from litespark.config.schema import ModelConfig
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
 from litespark.errors import UserError
 from litespark.models.transformer_config import DTYPES
@@ -64,7 +59,7 @@ def export_checkpoint(
     tokenizer: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportedModel:
-    """Write `checkpoint` as a Hugging Face folder; needs a process group (`single_process`).
+    """Write `checkpoint` as a Hugging Face folder; to be called inside `single_process`.
 
     The folder appears when all of it is on disk.  The tensors are the same, bit for bit, whatever
     layout wrote the checkpoint.
@@ -81,18 +76,18 @@ def export_checkpoint(
     """
     state = RunState.read(checkpoint)
     model = state.model_config()
-    stored_dtype = DTYPES[state.precision]
-    dtype_name = dtype or str(stored_dtype).removeprefix("torch.")
+    dtype_name = dtype or str(DTYPES[state.precision]).removeprefix("torch.")
     if dtype_name not in EXPORT_DTYPES:
         raise UserError(
             f"dtype {dtype_name}", "is not known", f"Give one of {', '.join(EXPORT_DTYPES)}."
         )
     refuse_taken(out_dir)
+    reader = CheckpointReader(checkpoint)
     shipped = _open_tokenizer(state, tokenizer)
     with new_folder(out_dir) as folder:
         writer = ShardWriter(folder, max_shard_bytes)
-        for name, tensor in read_tensors(checkpoint, model, stored_dtype):
-            writer.add(name, _convert(name, tensor, EXPORT_DTYPES[dtype_name]))
+        for name, tensor in reader.tensors(model):
+            writer.add(name, convert(name, tensor, EXPORT_DTYPES[dtype_name]))
         files = writer.finish()
         bos_id = shipped.bos_id if shipped else None
         eos_id = shipped.eos_id if shipped else None
@@ -114,41 +109,7 @@ def export_checkpoint(
     )
 
 
-def read_tensors(
-    checkpoint: Path, model: ModelConfig, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's name and the value of every tensor, layer by layer, without building a model.
-
-    Args:
-        checkpoint: a complete checkpoint.
-        model: its shape.
-        dtype: the format of its tensors; another one would be converted while reading.
-
-    Raises:
-        UserError: the checkpoint lacks a tensor, or holds one of another shape.
-    """
-    for is_per_layer, rows in groupby(entries(model), key=lambda entry: entry.is_per_layer):
-        group = tuple(rows)
-        layers: Sequence[int | None] = range(model.num_layers) if is_per_layer else (None,)
-        for layer in layers:
-            wanted = {entry.key: _part(entry, layer, model, dtype) for entry in group}
-            stored = load_sharded(wanted, checkpoint / STATE)
-            for entry in group:
-                yield from to_hf(entry, layer, stored[entry.key], model)
-
-
-def _part(
-    entry: Entry, layer: int | None, model: ModelConfig, dtype: torch.dtype
-) -> ShardedTensor:
-    """Description of one stored tensor, or of one layer's part of it, with room for its values."""
-    room = torch.empty(entry.stored_shape(model), dtype=dtype)
-    if layer is None:
-        return ShardedTensor.from_rank_offsets(entry.key, room)
-    layer_axis = (0, layer, model.num_layers)
-    return ShardedTensor.from_rank_offsets(entry.key, room, layer_axis, prepend_axis_num=1)
-
-
-def _convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of its own in another format.
 
     Raises:

@@ -1,5 +1,4 @@
-"""What an exported folder holds beside the weights, and how the folder appears whole or not at all.
-"""
+"""What an exported folder holds beside the weights, and how it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -75,20 +74,33 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, model_max_length: int) -
         with atomic_write(folder / name) as file:
             file.write(source.read_bytes())
     config = folder / TOKENIZER_CONFIG
-    if tokenizer.path.suffix == ".json" and not config.exists():
+    if not config.exists():
         write_json(config, _tokenizer_config(tokenizer, model_max_length))
 
 
 def _tokenizer_config(tokenizer: Tokenizer, model_max_length: int) -> dict[str, Any]:
-    """Without it transformers takes the tokenizer class of the model, which alters the splitting."""
-    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
-    token_of = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
+    """Says how to read a bare model file; left to guess, transformers may split text otherwise.
+
+    No BOS is added, because Litespark's training data holds none.
+    """
+    if tokenizer.path.suffix == ".json":
+        import tokenizers
+
+        text_of = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token
+        reading: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.Load(str(tokenizer.path))
+        text_of = processor.IdToPiece
+        reading = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **reading,
+        **{field: text_of(number) for field, number in named.items() if number is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
-        **{field: token_of[number] for field, number in named.items() if number in token_of},
     }
 
 

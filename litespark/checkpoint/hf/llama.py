@@ -2,8 +2,8 @@
 
 Hugging Face stores one matrix for each of q, k and v, and one for each of gate and up; Litespark
 stores what is multiplied together as one.  A family is therefore a table, one row a stored tensor,
-and four rules that say how the rows of the two sides correspond.  Exporting reads the table from
-left to right, importing from right to left.
+and four rules that say how the rows of the two sides correspond; it names both sides, so that one
+table serves both directions.
 
 Shapes: h hidden, n query heads, g key/value groups, d head size, f feed-forward width,
 v vocabulary, V vocabulary with padding.
@@ -129,9 +129,7 @@ def _split_rows(rule: Rule, stored: Tensor, model: ModelConfig) -> tuple[Tensor,
         return (stored[: model.vocab_size],)
     if rule is Rule.QKV:
         heads_per_group = model.num_attention_heads // model.num_query_groups
-        grouped = stored.unflatten(
-            0, (model.num_query_groups, heads_per_group + 2, model.head_dim)
-        )
+        grouped = stored.unflatten(0, (model.num_query_groups, heads_per_group + 2, model.head_dim))
         parts = grouped.split((heads_per_group, 1, 1), dim=1)
         return tuple(part.flatten(end_dim=2) for part in parts)
     if rule is Rule.GATE_UP:

@@ -21,7 +21,7 @@ from litespark.metering.memory import peak_memory_bytes
 from litespark.training.hooks.console import Console
 from litespark.training.hooks.sinks import TensorBoardSink, WandbSink
 from litespark.training.loop import Hook
-from litespark.training.state import TrainingRun, Timings
+from litespark.training.state import Timings, TrainingRun
 from litespark.training.step import StepOutcome, mean_loss
 from litespark.utils.files import write_text_atomically
 

@@ -1,0 +1,40 @@
+# Every target works on a bare machine: it makes .venv, installs into it, and does its work.
+#   make quickstart              the whole path, raw text to generated text, on this machine's CPU
+#   QUICKSTART=short make quickstart   the same in under two minutes
+#   make test | lint | types     what CI runs
+#   make install PYTHON=python3.12     with another Python (3.10 to 3.13)
+#   make install TORCH="torch==2.12.0" with a torch of your choice
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= full
+PYTEST_ARGUMENTS ?=
+
+.PHONY: install test lint types quickstart clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py tools/install_torch.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	  "Litespark needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d. Type: make PYTHON=/path/to/python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/basedpyright
+
+quickstart: install
+	$(BIN)/python examples/quickstart/quickstart.py --size $(QUICKSTART)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,46 @@
+"""Runs the `litespark` command in a process of its own, as a user would type it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """The environment without a launcher's variables, which would make the command a rank."""
+    launcher = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    return {key: value for key, value in os.environ.items() if key not in launcher}
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start `litespark ARGUMENTS`; both outputs are captured."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "litespark", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+
+
+def run(*arguments: str, timeout_seconds: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run `litespark ARGUMENTS` to its end."""
+    process = start(*arguments)
+    try:
+        out, err = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
