@@ -98,8 +98,7 @@ class ModelConfig(Section):
         heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
         if filled.get("num_query_groups") is None and heads is not None:
             filled["num_query_groups"] = heads
-        both_are_sizes = type(heads) is int and type(hidden) is int and heads > 0
-        if filled.get("head_dim") is None and both_are_sizes:
+        if filled.get("head_dim") is None and type(hidden) is int and type(heads) is int and heads:
             filled["head_dim"] = hidden // heads
         return filled
 

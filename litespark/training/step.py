@@ -66,10 +66,12 @@ def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> f
 def mean_loss(loss_and_tokens: Tensor) -> float:
     """Loss per token over the whole global batch, from each rank's part; a collective call."""
     total = loss_and_tokens.clone()
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(total, group=replicas)  # type: ignore[arg-type] - one group
+    # Typed loosely upstream, as one group or several.
+    replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.all_reduce(total, group=replicas)
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(total, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.broadcast(total, src=last_stage, group=stages)
     loss_sum, num_tokens = total.tolist()
     return loss_sum / num_tokens
 

@@ -116,6 +116,9 @@ def _run_rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        # These are gloo processes on the CPU, also where there is a GPU: several NCCL ranks cannot
+        # share one.
+        CUDA_VISIBLE_DEVICES="",
     )
     import torch
 
