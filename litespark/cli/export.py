@@ -60,6 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
+    from litespark.parallel.device import hide_gpu_packages
+
+    hide_gpu_packages()  # before anything imports megatron-core
     from litespark.checkpoint.folder import find_checkpoint
     from litespark.checkpoint.hf.export import export_checkpoint
     from litespark.training.single import single_process

@@ -79,6 +79,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
+    from litespark.parallel.device import hide_gpu_packages
+
+    hide_gpu_packages()  # before anything imports megatron-core
     from litespark.checkpoint.folder import find_checkpoint
     from litespark.checkpoint.run_state import RunState
     from litespark.data.tokenizers import load_tokenizer

@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(config, launched_world_size or args.nproc or 1)
     if launched_world_size is None and (args.nproc or 1) > 1:
         return _launch(config, args)
+    from litespark.parallel.device import hide_gpu_packages
+
+    hide_gpu_packages()  # before anything imports megatron-core
     from litespark.training.run import run_training
 
     run_training(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,13 +29,32 @@ class ComputeDevice:
             torch.cuda.synchronize(self.device)
 
 
+def has_cuda() -> bool:
+    """Whether there is a CUDA device that this process may use."""
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def hide_gpu_packages() -> None:
+    """Without a CUDA device, make Transformer Engine and apex look as if they were not installed.
+
+    megatron-core takes their optimizers and norms wherever they can be imported, and those compute
+    on CUDA devices only.  A login node has the cluster's environment and no GPU.  Must be called
+    before megatron-core is imported, and changes this process alone.
+    """
+    if has_cuda():
+        return
+    for package in ("transformer_engine", "apex"):
+        if package not in sys.modules:
+            sys.modules[package] = None  # type: ignore[assignment] - how Python marks absence
+
+
 def select_device(local_rank: int, local_world_size: int) -> ComputeDevice:
     """Take the GPU of this local rank, or the CPU with its share of the cores.
 
     The share matters: eight processes that each start a thread per core spend their time waiting
     for each other.  `OMP_NUM_THREADS` set by the user wins.
     """
-    if torch.cuda.is_available():
+    if has_cuda():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         # Object collectives and control flags go over gloo: they must not wait for the GPU.

@@ -144,6 +144,24 @@ def test_under_torchrun_a_mistake_ends_all_ranks_with_one_message(config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_gpu_an_installed_transformer_engine_is_left_alone(config, tmp_path):
+    """A login node has the cluster's environment and no GPU: its packages import, and then fail."""
+    for package in ("transformer_engine", "apex"):
+        folder = tmp_path / "site" / package
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise SystemExit('imported without a GPU')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "litespark", "train", str(config), "training.steps=2"],
+        capture_output=True,
+        text=True,
+        env=cli.environment()
+        | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{tmp_path / 'site'}:{cli.ROOT}"},
+        cwd=cli.ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(losses(tmp_path / "run")) == 2
+
+
 MISTAKES = {
     "misspelt key": (["parallel.tensr=2"], ["parallel.tensr", "Did you mean 'tensor'"]),
     "wrong type": (["batch.micro=two"], ["batch.micro = 'two'", "valid integer"]),

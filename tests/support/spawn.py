@@ -15,6 +15,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -48,10 +49,9 @@ def run_distributed(
     Raises:
         RankFailed: as soon as one rank raises or dies, or when the time is over.
     """
-    # Before the server starts, so that it imports torch with one thread per process.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    _start_server()
     port = _free_port()
     processes: list[BaseProcess] = []
     connections: list[Connection] = []
@@ -75,6 +75,25 @@ def run_distributed(
             _end(process)
         for connection in connections:
             connection.close()
+
+
+def _start_server() -> None:
+    """Start the server, if it does not run yet, so that it imports torch for one thread and no GPU.
+
+    These are gloo processes on the CPU, also where there is a GPU: several NCCL ranks cannot share
+    one, and CUDA, once asked for, does not survive a fork.
+    """
+    wanted = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _collect(connections: list[Connection], deadline: float, timeout_seconds: float) -> list[Any]:
@@ -116,9 +135,6 @@ def _run_rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        # These are gloo processes on the CPU, also where there is a GPU: several NCCL ranks cannot
-        # share one.
-        CUDA_VISIBLE_DEVICES="",
     )
     import torch
 
