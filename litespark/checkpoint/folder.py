@@ -44,11 +44,19 @@ def publish_checkpoint(temporary: Path, checkpoints: Path, step: int) -> Path:
     A checkpoint of the same step, left by a run that was rolled back, is replaced.
     """
     final = checkpoints / checkpoint_name(step)
+    replaced = final.with_name(f".{final.name}.deleting")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
     write_text_atomically(checkpoints / LATEST, final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted."""
+    for path in checkpoints.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:

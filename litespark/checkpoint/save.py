@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from litespark.checkpoint.folder import CONFIG, STATE, checkpoint_name, publish_checkpoint
 from litespark.checkpoint.run_state import FILE_NAME, RunState
 from litespark.checkpoint.sharded import run_tensors
-from litespark.utils.files import fsync_folder, write_text_atomically
+from litespark.utils.files import fsync_path, write_text_atomically
 
 
 def save_checkpoint(
@@ -27,8 +27,8 @@ def save_checkpoint(
     """Write the checkpoint of `state.step` below `checkpoints`; all ranks call it together.
 
     Everything goes to a temporary folder, is forced to disk, and only then renamed: whoever is
-    killed at whatever moment leaves the older checkpoints and no incomplete one.  The shards'
-    writer forces each file itself.
+    killed at whatever moment leaves the older checkpoints and no incomplete one.  Every rank's
+    writer forces its shards itself; the first rank forces the small files that it alone writes.
     """
     temporary = checkpoints / f".{checkpoint_name(state.step)}.writing"
     is_first = dist.get_rank() == 0
@@ -42,8 +42,8 @@ def save_checkpoint(
     if is_first:
         write_text_atomically(temporary / CONFIG, config_yaml)
         write_text_atomically(temporary / FILE_NAME, state.to_json())
-        for folder in (temporary / STATE, temporary):
-            fsync_folder(folder)
+        for path in (*(temporary / STATE).iterdir(), temporary / STATE, temporary):
+            fsync_path(path)
         final = publish_checkpoint(temporary, checkpoints, state.step)
     dist.barrier()
     return final

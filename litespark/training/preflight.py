@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from litespark.checkpoint.folder import find_checkpoint, newest_checkpoint
@@ -16,7 +17,7 @@ from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, check_tokenizer, open_blend
 from litespark.data.tokenizers import load_tokenizer
-from litespark.errors import UserError
+from litespark.errors import MissingExtraError, UserError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         UserError: anything that would end the run later.
     """
     check_config(config, world_size)
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
     train, validation = _open_data(config)
     checkpoint = choose_checkpoint(config)
     if checkpoint is not None:

@@ -206,9 +206,12 @@ def _resume(run: TrainingRun, checked: Preflight) -> None:
     run.record_event("resumed", detail)
     if run.process.is_first:
         logger.info("resumed at step %d: %s", run.step, detail)
-        if state.data["blend"] != run.config.data.model_dump(mode="json")["blend"]:
-            logger.warning(
-                "data.blend differs from the checkpoint's: sample %d and later come from the new "
-                "blend",
-                run.consumed_samples,
-            )
+        now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
+        saved = state.data | {"seed": state.seed}
+        for key in ("blend", "split", "sequence_length", "seed"):
+            if now[key] != saved[key]:
+                logger.warning(
+                    "%s was %s and is %s: samples from number %d on are not those that an "
+                    "uninterrupted run would have seen",
+                    *(key, saved[key], now[key], run.consumed_samples),
+                )

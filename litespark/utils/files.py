@@ -25,9 +25,9 @@ def temporary_name(path: str | os.PathLike[str]) -> Path:
     return final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def fsync_folder(folder: str | os.PathLike[str]) -> None:
-    """Force the folder's list of names to the disk, without which a rename can be lost."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Force a file, or a folder's list of names (a rename can be lost without), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -37,7 +37,7 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
 def rename_durably(temporary: Path, final: Path) -> None:
     """Rename `temporary`, already forced to the disk, to `final` and force the rename too."""
     os.replace(temporary, final)
-    fsync_folder(final.parent)
+    fsync_path(final.parent)
 
 
 @contextmanager

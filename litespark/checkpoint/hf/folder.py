@@ -15,7 +15,7 @@ from litespark.data.tokenizers import Tokenizer
 from litespark.errors import UserError
 from litespark.utils.files import (
     atomic_write,
-    fsync_folder,
+    fsync_path,
     rename_durably,
     temporary_name,
     write_text_atomically,
@@ -38,7 +38,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        fsync_folder(temporary)
+        fsync_path(temporary)
         rename_durably(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
-from litespark.checkpoint.folder import prune_checkpoints
+from litespark.checkpoint.folder import prune_checkpoints, remove_leftovers
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.save import save_checkpoint
 from litespark.config.load import dump_config
@@ -21,8 +20,10 @@ class Checkpointing(Hook):
         self.saved_step = -1
 
     def on_start(self, run: TrainingRun) -> None:
-        """Remember what is on disk already, so that it is not written twice."""
+        """Remember what is on disk already, so that it is not written twice; tidy up."""
         self.saved_step = run.step
+        if run.process.is_first:
+            remove_leftovers(run.folder / "checkpoints")
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Save when it is time."""
@@ -45,7 +46,7 @@ class Checkpointing(Hook):
             step=run.step,
             consumed_samples=run.consumed_samples,
         )
-        checkpoints = Path(run.config.run.output_dir) / "checkpoints"
+        checkpoints = run.folder / "checkpoints"
         with parameters_synchronised(run.chunks):
             folder = save_checkpoint(
                 checkpoints, run.chunks, run.optimizer, state, dump_config(run.config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class StepMetrics(Hook):
         self.logged_step = run.step
         self.loss_and_tokens: torch.Tensor | None = None
         self.joules = self.energy.read_joules()
+        self.read_at_seconds = time.perf_counter()
         model, length = run.config.model, run.config.data.sequence_length
         self.flops_causal = flops_per_token(model, length, causal=True)
         self.flops_full = flops_per_token(model, length, causal=False)
@@ -124,6 +126,9 @@ class StepMetrics(Hook):
         step_seconds = run.timings.steps_seconds / steps
         tokens_per_second = run.config.tokens_per_step / step_seconds
         joules, memory_bytes = self._over_ranks()
+        # The counter also runs while metrics are written, so power is over all the time elapsed.
+        now_seconds = time.perf_counter()
+        elapsed_seconds, self.read_at_seconds = now_seconds - self.read_at_seconds, now_seconds
         return {
             "step": run.step,
             "tokens": _tokens(run),
@@ -137,7 +142,7 @@ class StepMetrics(Hook):
             "joules_per_token": (
                 None if joules is None else joules / (steps * run.config.tokens_per_step)
             ),
-            "power_watts": None if joules is None else joules / run.timings.steps_seconds,
+            "power_watts": None if joules is None else joules / elapsed_seconds,
             "memory_bytes": memory_bytes,
             "data_wait_seconds": run.timings.data_wait_seconds,
             "checkpoint_seconds": run.timings.checkpoint_seconds,

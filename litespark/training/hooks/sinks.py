@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 from litespark.config.schema import RunConfig
 from litespark.errors import MissingExtraError
+from litespark.utils.files import write_text_atomically
 
 
 class TensorBoardSink:
@@ -45,6 +47,7 @@ class WandbSink:
             name=config.run.name,
             config=config.model_dump(by_alias=True, mode="json"),
             dir=str(folder),
+            id=_wandb_id(folder),
             resume="allow",
         )
 
@@ -56,3 +59,11 @@ class WandbSink:
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's id at Weights & Biases, kept in its folder, so that a resumed run goes on there."""
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        write_text_atomically(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
