@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from litespark.cli.arguments import add_checkpoint_argument, add_command
 from litespark.errors import ExitCode
 
 _DESCRIPTION = """\
@@ -26,20 +28,16 @@ exit codes: 0 done, 2 the checkpoint, OUT_DIR or an option is wrong, 1 anything 
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
+    parser = add_command(
+        subparsers,
         "export",
-        help="write a checkpoint as a Hugging Face folder",
+        summary="write a checkpoint as a Hugging Face folder",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a step_... folder; of a run's folder or its checkpoints folder, the newest is taken",
-    )
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "out_dir", metavar="OUT_DIR", help="folder to make; it must not exist, or be empty"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from litespark.cli.arguments import add_checkpoint_argument, add_command
 from litespark.errors import ExitCode, UserError
 
 _DESCRIPTION = """\
@@ -21,20 +23,16 @@ exit codes: 0 done, 2 the checkpoint, the prompt or an option is wrong, 1 anythi
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
+    parser = add_command(
+        subparsers,
         "generate",
-        help="continue a text with a trained model",
+        summary="continue a text with a trained model",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a step_... folder; of a run's folder or its checkpoints folder, the newest is taken",
-    )
+    add_checkpoint_argument(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(
         "--max-new-tokens",

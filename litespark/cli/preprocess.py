@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from litespark.cli.arguments import add_command
+
 if TYPE_CHECKING:  # the help must not wait for numpy
     from litespark.data.manifest import Manifest
     from litespark.data.preprocess import PreprocessOptions, Progress
@@ -41,13 +43,13 @@ exit codes: 0 done, 2 the input or an option is wrong (the message names the fil
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the command on the object that `ArgumentParser.add_subparsers` returned."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
+    parser = add_command(
+        subparsers,
         "preprocess",
-        help="turn text into an indexed shard",
+        summary="turn text into an indexed shard",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--tokenizer",

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from litespark.cli.arguments import add_command
+
 _DESCRIPTION = """\
 Write one HTML page about a run: its figures, its curves, its layout and its configuration.
 
@@ -16,12 +18,12 @@ still going on.  A value that was not measured is shown as such.
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the command on the object that `ArgumentParser.add_subparsers` returned."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+    """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
+    parser = add_command(
+        subparsers,
         "report",
-        help="one HTML page with the figures and curves of a run",
+        summary="one HTML page with the figures and curves of a run",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run's output_dir, with its metrics.jsonl"

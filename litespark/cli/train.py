@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from litespark.cli.arguments import add_command
 from litespark.config.load import dump_config, load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
 from litespark.parallel.layout import RankLayout
 
+_DESCRIPTION = """\
+Train a model.  The run's folder (run.output_dir) gets config.yaml, metrics.jsonl, events.jsonl,
+tensorboard/ and checkpoints/.  Started again with the same command, a run resumes from its newest
+checkpoint, also at another parallel layout.  SIGTERM, SIGUSR1 and Ctrl-C save and stop.
+"""
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+_EPILOG = """\
+examples:
+  litespark train run.yaml
+  litespark train run.yaml --nproc 4 parallel.tensor=2 parallel.pipeline=2
+  litespark train run.yaml --nproc 8 --dry-run optimizer.lr=3e-4
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m litespark train run.yaml
+
+exit codes: 0 done, 2 the configuration or the data is wrong, 3 stopped by a signal after saving,
+4 ended by a guard (NaN), 1 anything else.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
+    parser = add_command(
+        subparsers,
         "train",
-        help="train a model from a YAML configuration",
-        description="Train a model. The run's folder (run.output_dir) gets config.yaml, "
-        "metrics.jsonl, tensorboard/ and checkpoints/. Started again with the same command, it "
-        "resumes from the newest checkpoint, also at another parallel layout.",
-        epilog="Examples: litespark train run.yaml --nproc 4 parallel.tensor=2 parallel.pipeline=2"
-        "   |   torchrun --nnodes 2 --nproc-per-node 8 ... -m litespark train run.yaml",
-        # Options may stand between overrides, and an override may hold a minus sign.
-        allow_abbrev=False,
+        summary="train a model from a YAML configuration",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see examples/")
     parser.add_argument(

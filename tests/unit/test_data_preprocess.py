@@ -74,13 +74,22 @@ def run_tool(*arguments, shell_prefix=""):
 
 
 def start_tool(tmp_path, tokenizer, data):
-    """Start the tool with two workers in a process group of its own."""
+    """Start the tool with two workers in a process group of its own.
+
+    A shell starts what it puts in the background with SIGINT ignored, and children inherit that;
+    the tool must hear Ctrl-C wherever the tests run.
+    """
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--workers", "2"]
     command += ["--input", str(data), "--tokenizer", str(tokenizer)]
     command += ["--output-prefix", str(tmp_path / "out" / "p")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -29,8 +29,13 @@ class StopOnSignal(Hook):
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_start(self, run: TrainingRun) -> None:
-        """Install the handlers."""
-        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Install the handlers, but not for a signal that whoever started this had ignored.
+
+        A shell starts background jobs so that Ctrl-C does not reach them.
+        """
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Save and stop when any rank has been signalled.
