@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -27,8 +28,22 @@ def load_checkpoint(
     loaded = load_sharded(run_tensors(chunks, optimizer, is_loading=True), checkpoint / STATE)
     for number, chunk in enumerate(chunks):
         bare_model(chunk).load_state_dict(loaded[f"model{number}"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
     return RunState.read(checkpoint)
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load the moments, the masters and the step count, and keep this optimizer's own options.
+
+    Options such as betas are the configuration's.  A checkpoint also lacks those that only the
+    other Adam has: Transformer Engine's has more of them than torch's, and counts steps in int.
+    """
+    options = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update({key: own[key] for key in own if key not in ("params", "step")})
+        if "step" in group:
+            group["step"] = int(group["step"])
 
 
 def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunState:

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.runs import config_tree, train_and_save_rank, train_rank, write_shard
+from tests.support.runs import (
+    config_tree,
+    optimizer_groups_rank,
+    train_and_save_rank,
+    train_rank,
+    write_shard,
+)
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -93,6 +99,26 @@ def test_resume_at_another_layout(config_path, single_process, tmp_path):
         )
         assert len(histories[0]) == 5, f"{name} did not resume at step 5"
         assert_same(histories[0], single_process[5:])
+
+
+def test_optimizer_options_are_the_configurations_not_the_checkpoints(config_path, tmp_path):
+    """Also those that only another Adam has: a checkpoint of torch's loads into a fused one."""
+    target = [f"run.output_dir={tmp_path / 'run'}"]
+    run_distributed(train_and_save_rank, 1, config_path, target, 3)
+    groups = run_distributed(
+        optimizer_groups_rank,
+        1,
+        config_path,
+        [*target, "optimizer.beta2=0.9", "optimizer.epsilon=1e-6"],
+        {"bias_correction": True},
+    )[0]
+    assert len(groups) == 2
+    for group in groups:
+        assert group["betas"] == (0.9, 0.9)
+        assert group["eps"] == 1e-6
+        assert group["bias_correction"] is True
+        assert group["step"] == 3
+        assert type(group["step"]) is int
 
 
 def test_bf16_layouts_agree_within_its_rounding(config_path):

@@ -80,3 +80,32 @@ def train_and_save_rank(
     Checkpointing().save(run)
     if run.train_batches is not None:
         run.train_batches.close()
+
+
+def optimizer_groups_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str], extra: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Resume with optimizer options that the checkpoint's writer did not have; the options after.
+
+    `extra` is put into every group before the state is loaded, as another Adam would have it.
+    """
+    from litespark.checkpoint.load import load_checkpoint
+    from litespark.config import load_config
+    from litespark.training import setup
+
+    original = setup.load_checkpoint
+
+    def load(checkpoint: Path, chunks: Any, optimizer: Any) -> Any:
+        for group in optimizer.param_groups:
+            group.update(extra)
+        return load_checkpoint(checkpoint, chunks, optimizer)
+
+    setup.load_checkpoint = load
+    try:
+        run = setup.set_up(load_config(config_path, overrides))
+    finally:
+        setup.load_checkpoint = original
+    if run.train_batches is not None:
+        run.train_batches.close()
+    groups = run.optimizer.param_groups
+    return [{key: group[key] for key in group if key != "params"} for group in groups]

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 PRELOAD = [
+    "tests.support.without_gpu",
     "torch",
     "torch.distributed.checkpoint",
     "megatron.core.dist_checkpointing",
