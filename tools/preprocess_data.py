@@ -6,6 +6,9 @@
 Differences from Megatron-LM's tool: documents are ended with the end-of-text token unless
 --no-append-eod is given; no BOS is added, whatever the tokenizer type; --partitions is accepted
 and has no effect, because workers already share each file.
+
+The litespark package must be installed, as `make install` does into .venv: activate that, or start
+the tool with .venv/bin/python.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def tokenizer_path(path: str, tokenizer_type: str | None) -> str:
     Raises:
         UserError: when the type is unknown or the path holds the other kind.
     """
-    if tokenizer_type is None:
+    if tokenizer_type is None or not path:  # an empty path is refused where it is loaded
         return path
     if tokenizer_type not in _FILE_OF_TYPE:
         raise UserError(
@@ -92,9 +95,22 @@ def tokenizer_path(path: str, tokenizer_type: str | None) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one shard for each key; return 0."""
-    from litespark.data.preprocess import PreprocessOptions
+    """Write one shard for each key; return 0.
 
+    Raises:
+        LitesparkError: see `litespark.data.preprocess.preprocess`.
+    """
+    from litespark.data.preprocess import PreprocessOptions, prepare_output
+
+    repeated = {key for key in args.json_keys if args.json_keys.count(key) > 1}
+    if repeated:
+        raise UserError(
+            f"--json-keys {' '.join(args.json_keys)}",
+            f"{', '.join(sorted(repeated))} is named more than once",
+            "Name each key once; each gives one shard.",
+        )
+    if args.partitions < 1:
+        raise UserError(f"--partitions {args.partitions}", "is below 1", "Leave it out.")
     if args.partitions > 1:
         sys.stderr.write(
             f"note: --partitions {args.partitions} has no effect; "
@@ -110,8 +126,11 @@ def run(args: argparse.Namespace) -> int:
         max_errors=args.max_errors,
         overwrite=args.overwrite,
     )
-    for key in args.json_keys:
-        run_options(replace(options, json_key=key))
+    shards = [replace(options, json_key=key) for key in args.json_keys]
+    for shard in shards:  # all before the first, which may take hours
+        prepare_output(shard)
+    for shard in shards:
+        run_options(shard)
     return 0
 
 

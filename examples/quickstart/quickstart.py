@@ -64,8 +64,10 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full", help="how much is trained")
     size = SIZES[parser.parse_args().size]
     os.chdir(ROOT)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # four processes would have to share one GPU
     started = time.monotonic()
     if WORK.exists():
+        print(f"removing {WORK}, left by an earlier quick start")
         shutil.rmtree(WORK)
     prepare_data()
     train(size)

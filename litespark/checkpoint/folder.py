@@ -13,6 +13,7 @@ from litespark.utils.files import write_text_atomically
 LATEST = "latest"
 STATE = "state"
 CONFIG = "config.yaml"
+_REPLACED = ".replaced"
 _NAME = re.compile(r"step_(\d{9,})")
 
 
@@ -33,8 +34,17 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest complete one if a crash came in between."""
+    """The checkpoint that `latest` names, or the last step's if a crash came before it was moved.
+
+    The two differ after a roll-back to an earlier step.
+    """
     complete = complete_checkpoints(checkpoints)
+    try:
+        named = checkpoints / (checkpoints / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named in complete:
+        return named
     return complete[-1] if complete else None
 
 
@@ -44,7 +54,7 @@ def publish_checkpoint(temporary: Path, checkpoints: Path, step: int) -> Path:
     A checkpoint of the same step, left by a run that was rolled back, is replaced.
     """
     final = checkpoints / checkpoint_name(step)
-    replaced = final.with_name(f".{final.name}.deleting")
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
@@ -54,9 +64,31 @@ def publish_checkpoint(temporary: Path, checkpoints: Path, step: int) -> Path:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted."""
+    """Delete what a killed run left half-written or half-deleted.
+
+    A checkpoint that was to be replaced comes back if the kill came before its successor had the
+    name.
+    """
     for path in checkpoints.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        final = checkpoints / path.name.removeprefix(".").removesuffix(_REPLACED)
+        if path.name.endswith(_REPLACED) and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_later(checkpoints: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps than a run was rolled back to; their new names.
+
+    They stay on disk, but are no longer what a restart resumes from.
+    """
+    moved = []
+    for path in complete_checkpoints(checkpoints):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f"rolled_back_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
@@ -65,7 +97,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
         # The name goes first: a deletion that is cut short must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.deleting")
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -11,7 +11,13 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from litespark.checkpoint.folder import STATE
 from litespark.checkpoint.run_state import RunState
-from litespark.checkpoint.sharded import bare_model, load_sharded, model_state, run_tensors
+from litespark.checkpoint.sharded import (
+    bare_model,
+    check_readable,
+    load_sharded,
+    model_state,
+    run_tensors,
+)
 
 
 def load_checkpoint(
@@ -52,6 +58,7 @@ def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunStat
     Raises:
         UserError: the checkpoint cannot be read or does not fit.
     """
+    check_readable(checkpoint)
     loaded = load_sharded(model_state(chunks), checkpoint / STATE)
     for number, chunk in enumerate(chunks):
         bare_model(chunk).load_state_dict(loaded[f"model{number}"])

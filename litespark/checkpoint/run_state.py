@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from litespark.config.schema import ModelConfig, RunConfig
 from litespark.errors import UserError, raise_user_errors
 from litespark.parallel.layout import RankLayout
@@ -17,7 +19,10 @@ FORMAT_VERSION = 1
 FILE_NAME = "run_state.json"
 
 # What may differ between the model that was saved and the one that loads it.
-_NOT_SHAPE = {"preset", "backend", "init_std", "max_sequence_length"}
+_NOT_SHAPE = {
+    *("preset", "backend", "init_std", "max_sequence_length"),
+    "vocab_padding_multiple",  # what counts is the padded size, which is compared by itself
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class RunState:
         path = checkpoint / FILE_NAME
         fix = "Give a folder such as RUN/checkpoints/step_000000100."
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
         except (OSError, ValueError) as error:
             raise UserError(str(path), f"cannot be read ({error})", fix) from None
         found = values.get("format_version") if isinstance(values, dict) else None
@@ -80,9 +86,12 @@ class RunState:
                 "Use the Litespark that wrote it.",
             )
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(str(path), f"lacks or adds a key ({error})", fix) from None
+            state = TypeAdapter(cls).validate_json(text, strict=True)
+            state.model_config()
+        except ValidationError as error:
+            problem = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors()[:3])
+            raise UserError(str(path), f"is not what was written ({problem})", fix) from None
+        return state
 
     def model_config(self) -> ModelConfig:
         """The shape of the saved model."""
@@ -105,7 +114,41 @@ def check_same_model(state: RunState, checkpoint: Path, model: ModelConfig) -> N
         for key, value in wanted.items()
         if key not in _NOT_SHAPE and state.model.get(key) != value
     ]
+    rows = state.model_config().padded_vocab_size
+    if model.padded_vocab_size != rows:
+        errors.append(
+            UserError(
+                f"model.vocab_padding_multiple = {model.vocab_padding_multiple}",
+                f"pads the vocabulary to {model.padded_vocab_size} rows, and the checkpoint "
+                f"{checkpoint} has {rows}",
+                f"Set it to {state.model.get('vocab_padding_multiple')}; only a tensor-parallel "
+                f"size that divides {rows} can load this checkpoint.",
+            )
+        )
     raise_user_errors(errors)
+
+
+def check_same_optimizer(state: RunState, checkpoint: Path, config: RunConfig) -> None:
+    """Refuse optimizer states that megatron-core stores in another form than this run's.
+
+    Raises:
+        UserError: names the key, and what the checkpoint was written with.
+    """
+    sharded = config.parallel.distributed_optimizer
+    if sharded != state.distributed_optimizer:
+        raise UserError(
+            f"parallel.distributed_optimizer = {str(sharded).lower()}",
+            f"the checkpoint {checkpoint} was written with "
+            f"{str(state.distributed_optimizer).lower()}, which stores the optimizer otherwise",
+            "Set it to the checkpoint's value.",
+        )
+    if not sharded and config.precision.mode != state.precision:
+        raise UserError(
+            f"precision.mode = {config.precision.mode}",
+            f"the checkpoint {checkpoint} was written with {state.precision}, and without the "
+            "distributed optimizer its state does not change format",
+            "Set it to the checkpoint's value.",
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import load
+from megatron.core.dist_checkpointing.serialization import load, load_common_state_dict
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from litespark.checkpoint.folder import STATE
 from litespark.errors import UserError
 
 
@@ -71,16 +74,39 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return load(state, str(folder), strict="raise_unexpected")  # type: ignore[return-value]
 
 
+def check_readable(checkpoint: Path) -> None:
+    """Read the small files that say what a checkpoint holds, before all ranks load it together.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    folder = checkpoint / STATE
+    for name, read in (
+        ("metadata.json", lambda: json.loads((folder / "metadata.json").read_text())),
+        ("common.pt", lambda: load_common_state_dict(str(folder))),
+        (".metadata", lambda: FileSystemReader(str(folder)).read_metadata()),
+    ):
+        try:
+            read()
+        except UserError:
+            raise
+        except (Exception, CheckpointingException) as error:
+            raise UserError(
+                str(folder / name),
+                f"is missing or damaged ({type(error).__name__}: {error})",
+                "Take another checkpoint: run.resume=PATH.",
+            ) from error
+
+
 @contextmanager
 def _reporting(folder: Path) -> Iterator[None]:
-    """Everything that a damaged or foreign folder makes megatron-core and torch raise.
+    """What a damaged or foreign folder makes megatron-core and torch raise.
 
-    torch's CheckpointException derives from BaseException and slips past `except Exception`; a
-    missing `common.pt` makes megatron-core stumble over its own message (AttributeError).
+    Both their exceptions derive from BaseException and slip past `except Exception`.
     """
     try:
         yield
-    except (CheckpointingException, CheckpointException, OSError, AttributeError) as error:
+    except (CheckpointingException, CheckpointException, OSError) as error:
         reason: BaseException = error
         if isinstance(error, CheckpointException):
             reason = next(iter(error.failures.values()))[0]

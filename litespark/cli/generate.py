@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from litespark.cli.arguments import add_checkpoint_argument, add_command
@@ -17,6 +19,7 @@ _EPILOG = """\
 examples:
   litespark generate runs/tiny --prompt "Once upon a time"
   litespark generate runs/tiny --prompt "1 2 3" --temperature 0 --max-new-tokens 16
+  litespark generate runs/tiny --prompt="- begins with a dash"
   litespark generate runs/tiny --prompt "The" --temperature 1 --top-k 50 --top-p 0.95 --seed 7
 
 exit codes: 0 done, 2 the checkpoint, the prompt or an option is wrong, 1 anything else.
@@ -93,7 +96,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             str(checkpoint), "names no data.tokenizer", "Give one with --tokenizer PATH."
         )
+    if args.tokenizer is None and not Path(path).exists():
+        raise UserError(
+            f"data.tokenizer = {path}",
+            f"the run's tokenizer is not there (seen from {Path.cwd()})",
+            "Start in the folder in which training was started, or give --tokenizer PATH.",
+        )
     tokenizer = load_tokenizer(path)
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt", "is not valid UTF-8", "Give the text in UTF-8.") from None
     prompt = tokenizer.encode(args.prompt)
     with single_process():
         model, _ = load_model(checkpoint)
@@ -104,5 +117,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             eos_id=tokenizer.eos_id,
         )
-    print(tokenizer.decode([*prompt, *new_ids]))  # noqa: T201
+    text = tokenizer.decode([*prompt, *new_ids])
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal that is not UTF-8 gets question marks
+    print(text.encode(encoding, errors="replace").decode(encoding))  # noqa: T201
     return ExitCode.DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from litespark.cli.arguments import add_command
+from litespark.utils.processes import available_cores
 
 if TYPE_CHECKING:  # the help must not wait for numpy
     from litespark.data.manifest import Manifest
@@ -37,8 +37,9 @@ examples:
   litespark preprocess --input SlimPajama/train/chunk1 --tokenizer llama2/tokenizer.model \\
       --output-prefix data/chunk1 --workers 32 --on-error skip
 
-exit codes: 0 done, 2 the input or an option is wrong (the message names the file and line),
-1 anything else (disk full, a process killed); whatever the end, no half-written output stays.
+exit codes: 0 done, 2 the input or an option is wrong (the message names the file and line, or
+why the output's folder cannot be used), 1 anything else (disk full, a process killed); whatever the
+end, no half-written output stays.
 """
 
 
@@ -113,13 +114,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output if it is there already"
     )
-
-
-def available_cores() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from litespark.cli.arguments import add_command
@@ -63,7 +65,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from litespark.parallel.environment import world_size_from_environment
+    from litespark.training.launch import end_at_once_until_ready
 
+    end_at_once_until_ready()
     try:
         config = load_config(args.config, args.overrides)
     except UserError as error:
@@ -78,10 +82,16 @@ def run(args: argparse.Namespace) -> int:
             f"a launcher has started {launched_world_size} processes already (WORLD_SIZE is set)",
             "Leave out --nproc under torchrun.",
         )
+    if args.dry_run and os.environ.get("RANK", "0") != "0":
+        return ExitCode.DONE  # the first rank speaks
     if args.dry_run:
         return _dry_run(config, launched_world_size or args.nproc or 1)
     if launched_world_size is None and (args.nproc or 1) > 1:
         return _launch(config, args)
+    if launched_world_size is None:
+        from litespark.training.preflight import preflight
+
+        preflight(config, 1)  # a mistake need not wait for torch
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core
@@ -98,7 +108,8 @@ def _launch(config: RunConfig, args: argparse.Namespace) -> int:
     preflight(config, args.nproc)
     from litespark.training.launch import launch
 
-    return launch(args.nproc, ["train", args.config, *args.overrides])
+    events = Path(config.run.output_dir) / "events.jsonl"
+    return launch(args.nproc, ["train", args.config, *args.overrides], events)
 
 
 def _dry_run(config: RunConfig, world_size: int) -> int:

@@ -68,8 +68,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
         ) from None
     try:
         root = yaml.compose(text, Loader=_Loader)
+        lines_of = list(_walk(root, ())) if root is not None else []
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -79,7 +80,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
             str(path), "is not a YAML mapping", "Write sections such as `model:` with keys below."
         )
     lines: dict[Path_, int] = {}
-    for key_path, line in _walk(root, ()):
+    for key_path, line in lines_of:
         if key_path in lines:
             name = ".".join(map(str, key_path))
             raise UserError(

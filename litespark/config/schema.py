@@ -18,7 +18,9 @@ from litespark.config.presets import PRESETS
 class Section(BaseModel):
     """Base of all sections: frozen, strict, unknown keys refused, keyed by what the user types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class RopeScalingConfig(Section):
@@ -56,10 +58,10 @@ class ModelConfig(Section):
     )
     vocab_size: int = Field(ge=1, description="Token ids of the model; at least the tokenizer's.")
     vocab_padding_multiple: int = Field(
-        default=1,
+        default=128,
         ge=1,
-        description="Embedding and LM head rows are padded to a multiple of this; the padding "
-        "never takes probability and is not exported.",
+        description="Embedding and LM head rows are padded to a multiple of this, which every "
+        "tensor-parallel size must divide; padding never takes probability and is not exported.",
     )
     max_sequence_length: int = Field(ge=1, description="Longest sequence, in tokens.")
     norm_epsilon: float = Field(
@@ -90,9 +92,9 @@ class ModelConfig(Section):
         if not isinstance(values, dict):
             return values
         preset = values.get("preset")
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
             raise PydanticCustomError(
-                "unknown_preset", "{preset}", {"preset": preset, "field": "preset"}
+                "unknown_preset", "{preset}", {"preset": str(preset), "field": "preset"}
             )
         filled: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **values}
         heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
@@ -266,7 +268,10 @@ class ResilienceConfig(Section):
         description="End the run with exit code 4 when loss or gradient norm is not finite.",
     )
     collective_timeout_seconds: float = Field(
-        default=600.0, gt=0, description="A collective that takes longer than this ends the run."
+        default=600.0,
+        ge=60.0,
+        le=86400.0,
+        description="A collective that takes longer than this ends the run; whole minutes.",
     )
 
 
@@ -274,11 +279,15 @@ class RunSection(Section):
     """Name and place of the run."""
 
     name: str = Field(default="run", description="Shown in logs and reports.")
-    output_dir: str = Field(description="Folder of the run: config, metrics, checkpoints, report.")
+    output_dir: str = Field(
+        min_length=1, description="Folder of the run: config, metrics, checkpoints, report."
+    )
     resume: str = Field(
         default="auto",
+        min_length=1,
         description="auto: from the newest complete checkpoint in output_dir, if any; never: "
-        "output_dir must hold none; or the path of a checkpoint.",
+        "output_dir must hold none; or the path of a checkpoint: of another run, to start from "
+        "while output_dir holds none; of this run, to roll back to it.",
     )
 
 
@@ -287,7 +296,7 @@ class RunConfig(Section):
 
     task: Literal["pretrain"] = Field(default="pretrain", description="What is trained for.")
     seed: int = Field(
-        default=1234, ge=0, description="Seed of the weights and of the sample order."
+        default=1234, ge=0, lt=2**32, description="Seed of the weights and of the sample order."
     )
     run: RunSection
     model: ModelConfig

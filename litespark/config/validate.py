@@ -67,6 +67,13 @@ def _check_model(config: RunConfig) -> Iterator[UserError]:
             f"does not divide model.num_attention_heads = {model.num_attention_heads}",
             "Give a divisor of the number of heads.",
         )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield UserError(
+            f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}",
+            f"is not above low_freq_factor = {scaling.low_freq_factor}",
+            "Llama 3 has 4 and 1.",
+        )
     if model.head_dim % 2:
         yield UserError(
             f"model.head_dim = {model.head_dim}",
@@ -149,12 +156,15 @@ def _check_lengths(config: RunConfig) -> Iterator[UserError]:
             "Shorten the samples or raise the model's limit.",
         )
     # Context parallelism gives each rank two chunks of the sequence so that causal work is even.
-    divisor = parallel.context * (2 if parallel.context > 1 else 1)
-    divisor *= parallel.tensor if parallel.sequence else 1
+    divisor, factors = 1, []
+    if parallel.context > 1:
+        divisor, factors = 2 * parallel.context, ["2", "parallel.context"]
+    if parallel.sequence:
+        divisor, factors = divisor * parallel.tensor, [*factors, "parallel.tensor"]
     if length % divisor:
         yield UserError(
             f"data.sequence_length = {length}",
-            f"is not divisible by {divisor} (2 x context, x tensor under sequence parallelism)",
+            f"is not divisible by {divisor} ({' x '.join(factors)})",
             f"Give a multiple of {divisor}.",
         )
     if not config.data.blend:
@@ -181,6 +191,19 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"schedule.warmup_steps = {schedule.warmup_steps}",
             f"is above the run's {config.total_steps} steps",
             "Shorten the warm-up or train longer.",
+        )
+    decay, warmup = schedule.decay_steps, schedule.warmup_steps
+    if decay is not None and schedule.kind in ("cosine", "linear") and decay <= warmup:
+        yield UserError(
+            f"schedule.decay_steps = {decay}",
+            f"counts from step 0 and ends within the {warmup} steps of warm-up",
+            "Give more than schedule.warmup_steps, or leave it out to decay to the end.",
+        )
+    if decay is not None and schedule.kind == "wsd" and warmup + decay > config.total_steps:
+        yield UserError(
+            f"schedule.decay_steps = {decay}",
+            f"and {warmup} steps of warm-up do not fit into the run's {config.total_steps} steps",
+            "Shorten the decay or train longer.",
         )
     if schedule.min_lr > config.optimizer.lr:
         yield UserError(

@@ -128,19 +128,18 @@ def _record(kind: type[Any], value: object) -> Any:
     return kind(**value)
 
 
-def verify_checksums(prefix: str | os.PathLike[str]) -> Manifest:
+def verify_checksums(prefix: str | os.PathLike[str]) -> Manifest | None:
     """Compare both files of a shard with the sizes and SHA-256 digests of its manifest.
 
+    Returns:
+        The manifest, or None when there is none and so nothing to compare with.
+
     Raises:
-        UserError: when there is no manifest, a file is missing, or its bytes have changed.
+        UserError: when a file is missing or its bytes have changed.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
-        raise UserError(
-            str(manifest_path(prefix)),
-            "the shard has no manifest, so its bytes cannot be checked",
-            "Only shards written by litespark preprocess can be verified.",
-        )
+        return None
     expected = (
         (bin_path(prefix), manifest.files.bin_bytes, manifest.files.bin_sha256),
         (idx_path(prefix), manifest.files.idx_bytes, manifest.files.idx_sha256),

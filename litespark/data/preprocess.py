@@ -12,6 +12,7 @@ ends the job at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
@@ -36,6 +37,7 @@ from litespark.data.manifest import (
 from litespark.data.readers import BadLine, LineBlock, Source, find_sources, iterate_blocks
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
 from litespark.errors import LitesparkError, UserError
+from litespark.utils.files import temporary_name
 from litespark.version import __version__
 
 _BLOCKS_IN_FLIGHT_PER_WORKER = 3
@@ -97,18 +99,18 @@ def preprocess(
     It starts processes by spawning, so a script calls it under `if __name__ == "__main__":`.
 
     Raises:
-        UserError: when an option, an input file or a line is wrong, or the output exists.
+        UserError: when an option, an input file or a line is wrong, or see `prepare_output`.
         LitesparkError: when a worker process dies or the disk refuses a write.
     """
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
     sources = find_sources(options.inputs)
+    prepare_output(options)
     prefix = options.shard_prefix
     try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         writer = IndexedWriter(prefix, tokenizer.vocab_size)
     except OSError as error:
-        raise _disk_error(options, error) from error
+        raise _unusable_output(options, error) from error
     try:
         job = _Job(options, tokenizer, sources, writer, report)
         job.run()
@@ -126,6 +128,62 @@ def preprocess(
         writer.discard()
 
 
+def prepare_output(options: PreprocessOptions) -> None:
+    """Refuse an output that cannot be written or is there already, and make its folder.
+
+    Raises:
+        UserError: when the prefix or the key gives no file name, the folder cannot be made, or
+            the output exists and is not to be replaced.
+        LitesparkError: when the disk is full.
+    """
+    where = f"--output-prefix {options.output_prefix or repr('')}"
+    if os.path.basename(options.output_prefix) in ("", ".", ".."):
+        raise UserError(
+            where,
+            "does not end in a name for the output's files",
+            "Give a folder and a name, like data/corpus.",
+        )
+    if not options.json_key or "/" in options.json_key or "\0" in options.json_key:
+        raise UserError(
+            f"--json-key {options.json_key!r}",
+            "cannot be part of the output's file name",
+            "Give a key without '/'.",
+        )
+    prefix = options.shard_prefix
+    try:
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            # The longest name to come: if it is too long, say so now and not after hours.
+            temporary_name(manifest_path(prefix)).lstat()
+        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
+            if path.is_dir():
+                raise UserError(
+                    where, f"{path} is a folder", "Remove it, or choose another prefix."
+                )
+            if path.exists() and not options.overwrite:
+                raise UserError(
+                    where,
+                    f"{path} exists already",
+                    "Choose another prefix, or pass --overwrite to replace it.",
+                )
+    except OSError as error:
+        raise _unusable_output(options, error) from error
+
+
+def _unusable_output(options: PreprocessOptions, error: OSError) -> LitesparkError:
+    """Return the error for an output whose folder or first file could not be made."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no mistake of the user's
+        return _disk_error(options, error)
+    reason = error.strerror or str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = "a part of the path is a file, not a folder"
+    return UserError(
+        f"--output-prefix {options.output_prefix}",
+        f"the output cannot be made there: {reason}",
+        "Choose a prefix in a folder that you may write to, with a name that is not too long.",
+    )
+
+
 def _disk_error(options: PreprocessOptions, error: OSError) -> LitesparkError:
     return LitesparkError(
         f"{options.shard_prefix}: cannot be written: {error.strerror or error}. "
@@ -138,27 +196,12 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
         raise UserError(f"--workers {options.workers}", "is below 1", "Give 1 or more.")
     if options.max_errors < 0:
         raise UserError(f"--max-errors {options.max_errors}", "is negative", "Give 0 or more.")
-    if not options.json_key or "/" in options.json_key or "\0" in options.json_key:
-        raise UserError(
-            f"--json-key {options.json_key!r}",
-            "cannot be part of the output's file name",
-            "Give a key without '/'.",
-        )
     if options.append_eod and tokenizer.eos_id is None:
         raise UserError(
             f"tokenizer {options.tokenizer}",
             "has no end-of-text token to append",
             "Name one as eos_token in tokenizer_config.json beside it, or pass --no-append-eod.",
         )
-    if not options.overwrite:
-        prefix = options.shard_prefix
-        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
-            if path.exists():
-                raise UserError(
-                    f"--output-prefix {options.output_prefix}",
-                    f"{path} exists already",
-                    "Choose another prefix, or pass --overwrite to replace it.",
-                )
 
 
 def _publish(options: PreprocessOptions, writer: IndexedWriter, manifest: Manifest) -> None:

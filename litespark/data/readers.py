@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -84,51 +85,80 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
     Raises:
         UserError: when an input is missing, matches nothing, holds no JSON lines, has another
-        suffix, or
-            when one file is named twice.
+            suffix, is no regular file, or when one file is named twice, by whatever path.
     """
     sources: list[Source] = []
     for given in inputs:
         sources.extend(_sources_of(given))
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for source in sources:
-        if source.path in seen:
+        real_path = os.path.realpath(source.path)
+        if real_path in seen:
+            earlier = seen[real_path]
+            other = "" if earlier == source.path else f" (first as {earlier})"
             raise UserError(
                 f"--input {source.path}",
-                "the file is named twice, and its documents would be counted twice",
+                f"the file is named twice{other}, and its documents would be counted twice",
                 "Name each file once; to see a corpus more often, raise its weight in the blend.",
             )
-        seen.add(source.path)
+        seen[real_path] = source.path
     return sources
 
 
 def _sources_of(given: str) -> list[Source]:
-    path = Path(given)
-    if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.name.endswith(FOLDER_SUFFIXES) and p.is_file()
+    if not given:
+        raise UserError(
+            "--input ''", "is empty", "Name a file, a folder or a glob; is a variable unset?"
         )
+    # os.path here and below: pathlib raises where a name is too long or a folder may not be read.
+    if os.path.lexists(given):
+        found = _sources_at(Path(given))
         if not found:
             raise UserError(
                 f"--input {given}",
                 "the folder holds no .jsonl, .jsonl.zst or .jsonl.gz file",
                 "Name the folder that holds the data.",
             )
-        parent = path.resolve().name
-        return [Source(str(p), (parent / p.relative_to(path)).as_posix()) for p in found]
-    if path.is_file():
-        return [_named_file(path)]
-    matches = sorted(glob.glob(given, recursive=True))
-    if not matches:
+        return found
+    # '**' matches a folder and what is in it, so the same file can come from both: once is meant.
+    # Links to it are other names and stay, for `find_sources` to refuse.
+    once: dict[str, Source] = {}
+    for match in sorted(glob.glob(given, recursive=True)):
+        for source in _sources_at(Path(match)):
+            once.setdefault(os.path.abspath(source.path), source)
+    if not once:
         raise UserError(
             f"--input {given}",
             "no such file or folder, and as a glob it matches nothing",
             "Name an existing .jsonl, .jsonl.zst or .jsonl.gz file, a folder of them, or a glob.",
         )
-    return [source for match in matches for source in _sources_of(match)]
+    return list(once.values())
+
+
+def _sources_at(path: Path) -> list[Source]:
+    """Return the one file at `path`, or the files below it, which may be none."""
+    if not os.path.isdir(path):
+        return [_named_file(path)]
+    parent = path.resolve().name
+    found = sorted(
+        p for p in path.rglob("*") if p.name.endswith(FOLDER_SUFFIXES) and not os.path.isdir(p)
+    )
+    for file in found:
+        _require_regular_file(file)
+    return [Source(str(p), (parent / p.relative_to(path)).as_posix()) for p in found]
+
+
+def _require_regular_file(path: Path) -> None:
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--input {path}",
+            "is no regular file (a broken link, a pipe or a device)",
+            "Repair or remove the link; write what a pipe gives to a .jsonl file first.",
+        )
 
 
 def _named_file(path: Path) -> Source:
+    _require_regular_file(path)
     if not path.name.endswith(FILE_SUFFIXES):
         raise UserError(
             f"--input {path}",
@@ -277,24 +307,3 @@ def numbered_lines(block: LineBlock) -> Iterator[tuple[int, bytes]]:
     for offset, raw in enumerate(block.data.split(b"\n")):
         if raw and not raw.isspace():
             yield block.first_line + offset, raw
-
-
-def read_documents(
-    inputs: Sequence[str], json_key: str, on_bad_line: Callable[[BadLine], None]
-) -> Iterator[tuple[str, str, int]]:
-    """Yield (text, path, line number) of every document of the inputs, in order.
-
-    `on_bad_line` is the policy: it is given each line that yields no document, and raises to
-    stop.
-
-    Raises:
-        UserError: see `find_sources` and `iterate_blocks`.
-    """
-    for source in find_sources(inputs):
-        for block in iterate_blocks(source):
-            for line, raw in numbered_lines(block):
-                parsed = parse_line(raw, json_key)
-                if isinstance(parsed, str):
-                    on_bad_line(BadLine(source.path, line, parsed))
-                else:
-                    yield parsed.text, source.path, line

@@ -80,6 +80,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: when there is no such file, or it is not what its name says.
     """
+    if not str(path):  # Path("") is the current folder, which nobody named
+        raise UserError("tokenizer ''", "is empty", "Name a folder or a file; is a variable unset?")
     file = _find_model_file(Path(path))
     try:
         if file.stat().st_size > MAX_FILE_BYTES:

@@ -36,17 +36,22 @@ def headline(run: RunLog) -> list[Figure]:
     """The figures of a run, in the order of the report."""
     logged = len(run.steps)
     lines = "1 logged step" if logged == 1 else f"{logged:,} logged steps"
-    per_gpu = "median, per GPU"
+    start = _segment_start(run)
+    median = f"median since the resume at step {start:,}" if start else "median"
+    per_gpu = f"{median}, per GPU"
     return [
         Figure("Steps", run.steps[-1], _count, lines),
         Figure("Tokens", _last(run, "tokens"), large_count),
         *_losses(run),
-        Figure("Step time", _median(run, "step_seconds"), _seconds, "median"),
+        Figure("Step time", _median(run, "step_seconds"), _seconds, median),
         Figure(
-            "Tokens per second", _median(run, "tokens_per_second"), _rate, "median, all devices"
+            "Tokens per second",
+            _median(run, "tokens_per_second"),
+            _rate,
+            f"{median}, all devices",
         ),
         Figure(
-            "Tokens per second per GPU", _median(run, "tokens_per_second_per_gpu"), _rate, "median"
+            "Tokens per second per GPU", _median(run, "tokens_per_second_per_gpu"), _rate, median
         ),
         Figure(
             "TFLOP/s, causal attention",
@@ -64,9 +69,9 @@ def headline(run: RunLog) -> list[Figure]:
             "MFU",
             _median(run, "mfu"),
             _percent,
-            "median: causal TFLOP/s over the GPU's dense BF16 peak, whatever the precision",
+            f"{median}: causal TFLOP/s over the GPU's dense BF16 peak, whatever the precision",
         ),
-        *_energy(run),
+        *_energy(run, median),
         Figure("Peak memory", _largest(run, "memory_bytes"), byte_size, "largest of all ranks"),
         Figure(
             "Waiting for data", _data_wait_share(run), _percent, "share of the time of the steps"
@@ -110,7 +115,7 @@ def _at_step(label: str, pair: tuple[int, float] | None) -> Figure:
     return Figure(label, pair[1], _loss, f"nats per token, at step {pair[0]:,}")
 
 
-def _energy(run: RunLog) -> list[Figure]:
+def _energy(run: RunLog, median: str) -> list[Figure]:
     """Sums over the logged steps; each line holds the energy since the one before."""
     used = run.finite("energy_joules")
     note = "GPUs only, while training"
@@ -118,8 +123,8 @@ def _energy(run: RunLog) -> list[Figure]:
         note += f"; measured at {len(used):,} of {len(run.steps):,} logged steps"
     return [
         Figure("Energy", sum(used) if used else None, _joules, note),
-        Figure("Energy per 1k tokens", _per_thousand_tokens(run), _joules, "median"),
-        Figure("Power", _median(run, "power_watts"), _watts, "median, all GPUs"),
+        Figure("Energy per 1k tokens", _per_thousand_tokens(run), _joules, median),
+        Figure("Power", _median(run, "power_watts"), _watts, f"{median}, all GPUs"),
     ]
 
 
@@ -147,8 +152,16 @@ def _last(run: RunLog, key: str) -> float | None:
 
 
 def _median(run: RunLog, key: str) -> float | None:
-    values = run.finite(key)
+    """The median since the last resume: over two layouts it would be a rate that neither had."""
+    start = _segment_start(run)
+    column = zip(run.steps, run.column(key), strict=True)
+    values = [value for step, value in column if step > start and math.isfinite(value)]
     return statistics.median(values) if values else None
+
+
+def _segment_start(run: RunLog) -> int:
+    """The last step at which the run resumed and after which it logged; 0 if there is none."""
+    return max((step for step in run.resume_steps() if step < run.steps[-1]), default=0)
 
 
 def _largest(run: RunLog, key: str) -> float | None:

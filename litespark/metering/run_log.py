@@ -180,7 +180,7 @@ def _read_config(run: RunLog) -> None:
         config = yaml.safe_load(run.config_text)
     except UnicodeDecodeError as error:
         raise UserError(str(path), "the file is no UTF-8 text", "Restore the file.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise UserError(where, "the file is no YAML", "Restore or remove the file.") from error

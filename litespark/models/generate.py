@@ -45,6 +45,8 @@ class Sampling:
             raise UserError(
                 f"temperature {self.temperature}", "is out of range", "Give 0 (greedy) or more."
             )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed}", "is out of range", "Give 0 or more, below 2**63.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k {self.top_k}", "leaves no token", "Give 1 or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -14,6 +14,8 @@ import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from litespark.errors import LitesparkError
+
 
 class LanguageBatch(Protocol):
     """One micro-batch; tokens_bs, labels_bs, position_ids_bs int64, loss_mask_bs fp32, [b, s]."""
@@ -42,7 +44,7 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
     ) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         if batch is None:
-            return model(None, None, None, labels=None), partial(token_sum, None)
+            return model(None, None, None, labels=None), _no_loss_here
         parts: dict[str, Any] = {
             "tokens": batch.tokens_bs,
             "labels": batch.labels_bs,
@@ -57,12 +59,12 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
     return forward_step
 
 
-def token_sum(
-    loss_mask_bs: Tensor | None, losses_bs: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _no_loss_here(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    raise LitesparkError("the schedule asked a stage without labels for its loss")
+
+
+def token_sum(loss_mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses where the mask is 1, the number of such tokens, and both for reports."""
-    if loss_mask_bs is None:
-        loss_mask_bs = torch.ones_like(losses_bs, dtype=torch.float32)
     loss_sum = (losses_bs.float() * loss_mask_bs).sum()
     num_tokens = loss_mask_bs.sum()
     report = torch.stack([loss_sum.detach().double(), num_tokens.double()])

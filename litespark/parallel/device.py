@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from litespark.utils.processes import available_cores
+
 
 @dataclass(frozen=True)
 class ComputeDevice:
@@ -60,5 +62,5 @@ def select_device(local_rank: int, local_world_size: int) -> ComputeDevice:
         # Object collectives and control flags go over gloo: they must not wait for the GPU.
         return ComputeDevice("cuda", device, "cpu:gloo,cuda:nccl")
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+        torch.set_num_threads(max(1, available_cores() // local_world_size))
     return ComputeDevice("cpu", torch.device("cpu"), "gloo")

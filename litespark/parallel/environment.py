@@ -19,11 +19,12 @@ def integer_from_environment(name: str) -> int:
     Raises:
         UserError: it is not set, or is no number.
     """
-    value = os.environ.get(name, "")
-    if not value.isdecimal():
+    value = os.environ.get(name)
+    if value is None or not value.isdecimal():
         raise UserError(
-            f"{name} = {value!r}",
-            "is no number, and the launcher's other variables are set",
+            name if value is None else f"{name} = {value!r}",
+            f"{'is not set' if value is None else 'is no number'}, and the launcher's other "
+            "variables are set",
             "Start the processes with torchrun or with --nproc.",
         )
     return int(value)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from litespark.config.schema import ParallelConfig
-from litespark.parallel.device import ComputeDevice, select_device
+from litespark.errors import UserError
+from litespark.parallel.device import ComputeDevice, has_cuda, select_device
 from litespark.parallel.environment import (
     integer_from_environment,
     world_size_from_environment,
@@ -50,7 +51,20 @@ def start_process_group(timeout_seconds: float) -> Process:
     rank, world_size, local_rank = (
         integer_from_environment(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_world_size = 1
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local_world_size = integer_from_environment("LOCAL_WORLD_SIZE")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                name, "is not set, and WORLD_SIZE is", "Start with torchrun or with --nproc."
+            )
+    if has_cuda() and local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes on this machine",
+            f"it has {torch.cuda.device_count()} GPUs, and NCCL wants one for each process",
+            "Start fewer processes, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
+        )
     device = select_device(local_rank, local_world_size)
     dist.init_process_group(device.distributed_backend, timeout=timedelta(seconds=timeout_seconds))
     return Process(rank, world_size, local_rank, local_world_size, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome, train_step
@@ -30,7 +31,9 @@ def train(run: TrainingRun, hooks: Sequence[Hook]) -> None:
     Raises:
         StoppedBySignal, GuardError: a hook ended the run.
     """
-    try:
+    with ExitStack() as at_last:
+        for hook in hooks:
+            at_last.callback(hook.close)  # each is closed, also when closing another fails
         for hook in hooks:
             hook.on_start(run)
         while run.step < run.total_steps:
@@ -39,6 +42,3 @@ def train(run: TrainingRun, hooks: Sequence[Hook]) -> None:
                 hook.after_step(run, outcome)
         for hook in hooks:
             hook.on_end(run)
-    finally:
-        for hook in hooks:
-            hook.close()

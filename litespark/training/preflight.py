@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from litespark.checkpoint.folder import find_checkpoint, newest_checkpoint
-from litespark.checkpoint.run_state import RunState, check_same_model
+from litespark.checkpoint.run_state import RunState, check_same_model, check_same_optimizer
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, check_tokenizer, open_blend
@@ -41,7 +41,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     train, validation = _open_data(config)
     checkpoint = choose_checkpoint(config)
     if checkpoint is not None:
-        check_same_model(RunState.read(checkpoint), checkpoint, config.model)
+        state = RunState.read(checkpoint)
+        check_same_model(state, checkpoint, config.model)
+        check_same_optimizer(state, checkpoint, config)
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint)
 
@@ -64,7 +66,10 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
                 "Set run.resume=auto to go on, or give another run.output_dir.",
             )
         return None
-    return find_checkpoint(config.run.resume)
+    wanted = find_checkpoint(config.run.resume)
+    is_own = wanted.resolve().parent == checkpoints.resolve()
+    # Another run's checkpoint is where this run starts; restarted, it goes on from its own.
+    return wanted if is_own else newest_checkpoint(checkpoints) or wanted
 
 
 def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
@@ -94,15 +99,25 @@ def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
 
 def _check_output_dir(config: RunConfig) -> None:
     """Whether the folder can be made: tried in its nearest existing parent, and undone."""
+    where = f"run.output_dir = {config.run.output_dir}"
     folder = Path(config.run.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    try:
+        for name, is_kind in (
+            ("checkpoints", Path.is_dir),
+            *((name, Path.is_file) for name in ("config.yaml", "metrics.jsonl", "events.jsonl")),
+        ):
+            if (folder / name).exists() and not is_kind(folder / name):
+                raise UserError(where, f"holds a {name} of another kind", "Give another folder.")
+        while not folder.exists():
+            folder = folder.parent
+    except (OSError, ValueError) as error:
+        raise UserError(where, f"is no possible name ({error})", "Give another folder.") from None
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".litespark-"):
             pass
     except OSError as error:
         raise UserError(
-            f"run.output_dir = {config.run.output_dir}",
+            where,
             f"{folder} is no folder that can be written to ({error.strerror})",
             "Give another folder.",
         ) from None

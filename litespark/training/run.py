@@ -30,14 +30,16 @@ def run_training(config: RunConfig) -> None:
     end_with_launcher()
     try:
         run = set_up(config)
-        _announce(run)
-        if run.step < run.total_steps:
-            train(run, build_hooks(run))
-            run.record_event("finished", f"step {run.step}")
-        elif run.process.is_first:
-            logger.info("nothing to do: step %d of %d is done", run.step, run.total_steps)
-        if run.train_batches is not None:
-            run.train_batches.close()
+        try:
+            _announce(run)
+            if run.step < run.total_steps:
+                train(run, build_hooks(run))
+                run.record_event("finished", f"step {run.step}")
+            elif run.process.is_first:
+                logger.info("nothing to do: step %d of %d is done", run.step, run.total_steps)
+        finally:
+            if run.train_batches is not None:
+                run.train_batches.close()
     finally:
         stop_process_group()
 

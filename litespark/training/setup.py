@@ -1,4 +1,6 @@
-"""Puts a run together, always in the same order, and is the only place that applies patches.
+"""Puts a run together, always in the same order.
+
+Patches are applied here, and in `single.py` for the commands that need no training.
 
 processes, patches, user's mistakes, groups, seed, model, optimizer, data, checkpoint
 """
@@ -8,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -27,10 +28,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.load import load_checkpoint
+from litespark.checkpoint.sharded import check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
 from litespark.data.loader import BatchLoader
-from litespark.errors import UserError
+from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.language_modelling import language_modelling_step
@@ -41,6 +43,7 @@ from litespark.parallel.groups import (
 )
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
+from litespark.training.lock import lock_run_folder
 from litespark.training.preflight import Preflight, preflight
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
@@ -62,8 +65,8 @@ def set_up(config: RunConfig) -> TrainingRun:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     process = start_process_group(timeout_seconds)
     patches = apply_patches(process.device.type)
-    logger.info("%d patches to megatron-core, see megatron_patches/README.md", len(patches))
     checked = on_all_ranks(lambda: preflight(config, process.world_size))
+    logger.info("%d patches to megatron-core, see megatron_patches/README.md", len(patches))
     start_model_parallel(config.parallel, timeout_seconds)
     seed_all(config.seed)
     core_config = transformer_config(config)
@@ -83,10 +86,10 @@ def set_up(config: RunConfig) -> TrainingRun:
         validation=checked.validation,
         reads_tokens=_reads_tokens(),
     )
-    if run.process.is_first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(run.folder / "config.yaml", dump_config(config))
+    run.folder_lock = on_all_ranks(lambda: _take_folder(run))
     _resume(run, checked)
+    if run.process.is_first:
+        write_text_atomically(run.folder / "config.yaml", dump_config(config))
     if run.reads_tokens:
         run.train_batches = BatchLoader(
             checked.train,
@@ -103,26 +106,36 @@ def on_all_ranks(check: Callable[[], T]) -> T:
     """Run a check on every rank; a mistake found by any is raised by all, so that none waits.
 
     Raises:
-        UserError: the one of the lowest rank that found one.
+        LitesparkError: the mistake or fault of the lowest rank that found one.
     """
     result, error = None, None
     try:
         result = check()
-    except UserError as found:
+    except Exception as found:  # whatever it is, the other ranks must not wait for this one
         error = found
-    for message in gather_objects(None if error is None else str(error)):
-        if message is not None:
-            raise _Agreed(message)
+    is_mistake = isinstance(error, UserError)
+    outcomes = gather_objects(None if error is None else (is_mistake, str(error)))
+    if error is not None and not is_mistake:
+        raise error
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_mistake, message = outcome
+            raise _Agreed(message) if is_mistake else LitesparkError(f"rank {rank}: {message}")
     return result  # type: ignore[return-value]
 
 
-class _Agreed(UserError):
-    """A mistake whose message was made on some rank."""
+class _Agreed(LitesparkError):
+    """A user's mistake whose message was made on some rank."""
 
+    exit_code = ExitCode.USER_ERROR
     on_every_rank = True
 
-    def __init__(self, message: str) -> None:
-        Exception.__init__(self, message)
+
+def _take_folder(run: TrainingRun) -> TextIO | None:
+    if not run.process.is_first:
+        return None
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return lock_run_folder(run.folder)
 
 
 def _build_model(
@@ -200,7 +213,13 @@ def _resume(run: TrainingRun, checked: Preflight) -> None:
     if checked.checkpoint is None:
         run.record_event("started", f"{run.layout.describe()}, from initial weights")
         return
-    state = load_checkpoint(Path(checked.checkpoint), run.chunks, run.optimizer)
+    checkpoint = checked.checkpoint
+    on_all_ranks(lambda: check_readable(checkpoint))
+    try:
+        state = load_checkpoint(checkpoint, run.chunks, run.optimizer)
+    except UserError as error:
+        error.on_every_rank = True  # torch's checkpoint reader tells all ranks of a fault of one
+        raise
     run.step, run.consumed_samples = state.step, state.consumed_samples
     detail = f"{run.layout.describe()}, from {checked.checkpoint.name}"
     run.record_event("resumed", detail)

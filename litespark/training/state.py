@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -34,7 +34,7 @@ class TrainingRun:
     """A run in progress on this rank.
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
-    count over the whole run, resumed parts included.
+    count over the whole run, resumed parts included; `folder_lock` is held by the first rank.
     """
 
     config: RunConfig
@@ -49,6 +49,7 @@ class TrainingRun:
     reads_tokens: bool
     step: int = 0
     consumed_samples: int = 0
+    folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
 
     @property

@@ -9,8 +9,6 @@ is far below what a real fault causes (a forgotten reduction: 1e-3).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -19,6 +17,7 @@ from tests.support.runs import (
     optimizer_groups_rank,
     train_and_save_rank,
     train_rank,
+    train_unreduced_norms_rank,
     write_shard,
 )
 from tests.support.spawn import run_distributed
@@ -45,6 +44,10 @@ LAYOUTS = {
     "CP2": (2, "parallel.context=2"),
     "TP2xCP2+SP": (4, "parallel.tensor=2 parallel.context=2 parallel.sequence=true"),
     "PP2xDP2": (4, "parallel.pipeline=2"),
+    "CP2xPP2 interleaved": (
+        4,
+        "parallel.context=2 parallel.pipeline=2 parallel.virtual_pipeline=2",
+    ),
     "TP2+SP full recompute": (
         2,
         "parallel.tensor=2 parallel.sequence=true training.recompute=full",
@@ -83,7 +86,7 @@ def test_tied_embeddings_and_padded_vocabulary(layout, config_path):
     found = run_distributed(train_rank, 2, config_path, [*options, layout])[0]
     assert_same(found, expected)
     # And padding changes nothing: the same model without it has the same loss.
-    unpadded = [option for option in options if "multiple" not in option]
+    unpadded = [*options, "model.vocab_padding_multiple=1"]
     assert_same(run_distributed(train_rank, 1, config_path, unpadded)[0], expected)
 
 
@@ -142,8 +145,31 @@ def assert_same(found, expected):
         assert norm == pytest.approx(wanted_norm, rel=1e-4), f"gradient norm of step {step}"
 
 
-def test_the_bound_sees_a_real_fault(config_path, single_process, tmp_path: Path):
-    """A run on other samples must not pass for the same run."""
-    other = run_distributed(train_rank, 1, config_path, ["seed=4321"])[0]
+def test_fewer_key_value_groups_than_tensor_ranks(config_path):
+    options = ["model.num_query_groups=2"]
+    expected = run_distributed(train_rank, 1, config_path, options)[0]
+    found = run_distributed(train_rank, 4, config_path, [*options, "parallel.tensor=4"])[0]
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_tied_embeddings_resume_at_another_layout(mode, config_path, tmp_path):
+    options = [*TIED_AND_PADDED.split(), f"precision.mode={mode}"]
+    expected = run_distributed(train_rank, 1, config_path, options)[0][5:]
+    target = [*options, f"run.output_dir={tmp_path / 'run'}"]
+    run_distributed(train_and_save_rank, 2, config_path, [*target, "parallel.pipeline=2"], 5)
+    found = run_distributed(train_rank, 2, config_path, [*target, "parallel.tensor=2"])[0]
+    assert len(found) == 5
+    if mode == "fp32":
+        assert_same(found, expected)
+    else:
+        assert [f[0] for f in found] == pytest.approx([e[0] for e in expected], rel=2**-9)
+
+
+def test_the_bound_sees_a_forgotten_reduction(config_path, single_process):
+    """Norms whose gradients are not summed over the sequence shards: the subtlest layout fault."""
+    faulty = run_distributed(
+        train_unreduced_norms_rank, 2, config_path, LAYOUTS["TP2+SP"][1].split()
+    )
     with pytest.raises(AssertionError):
-        assert_same(other, single_process)
+        assert_same(faulty[0], single_process)

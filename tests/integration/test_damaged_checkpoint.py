@@ -23,17 +23,26 @@ def trained(tmp_path_factory):
 
 def damage(state, kind: str):
     """Damage one file of a checkpoint and return its former content."""
-    name = {"metadata": ".metadata", "common": "common.pt"}.get(kind, "__0_0.distcp")
+    how, name = kind.split()
     path = state / name
     content = path.read_bytes()
-    if kind == "cut":
+    if how == "cut":
         path.write_bytes(content[: len(content) // 2])
+    elif how == "garbage":
+        path.write_bytes(b"hello")
     else:
         path.unlink()
     return path, content
 
 
-@pytest.mark.parametrize("kind", ["metadata", "common", "shard", "cut"])
+DAMAGES = [
+    *("missing .metadata", "cut .metadata", "garbage .metadata"),
+    *("missing common.pt", "cut common.pt", "garbage common.pt"),
+    *("missing __0_0.distcp", "cut __0_0.distcp", "garbage metadata.json"),
+]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_one_message_with_the_folder(kind, trained):
     state = trained / "run" / "checkpoints" / "step_000000002" / "state"
     path, content = damage(state, kind)

@@ -77,21 +77,24 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_bits(config, tmp_path):
     time.sleep(random.uniform(0, 1))
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    assert max(losses(tmp_path / "cut")) < 30, "killed too late to show anything"
     wait_until(lambda: not ranks_alive(str(tmp_path / "cut")))
 
     resumed = cli.run("train", str(config), *cut)
     assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step" in resumed.stderr
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     last = Path("checkpoints") / "step_000000030" / "state"
     assert shards(tmp_path / "cut" / last) == shards(tmp_path / "whole" / last)
 
 
-def test_sigterm_saves_and_exits_with_3(config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_3(number, config, tmp_path):
     options = ["--nproc", "2", "parallel.pipeline=2", "training.steps=4000", "training.log_every=1"]
     run = cli.start("train", str(config), *options, "training.save_every=null")
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 3, err
     assert err.count("the state is saved") == 1, "one rank speaks for all"
@@ -102,6 +105,25 @@ def test_sigterm_saves_and_exits_with_3(config, tmp_path):
     more = cli.run("train", str(config), *options, f"training.steps={step + 2}")
     assert more.returncode == 0, more.stderr
     assert max(losses(tmp_path / "run")) == step + 2
+
+
+def test_a_signal_before_there_is_a_state_is_not_called_saved(config, tmp_path):
+    run = cli.start("train", str(config), "--nproc", "2")
+    wait_until(lambda: count_ranks(str(config)) >= 3)  # the launcher and its two ranks
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, err
+    assert "before a state was saved" in err
+
+
+def test_two_runs_in_one_folder(config, tmp_path):
+    first = cli.start("train", str(config), "training.steps=100000")
+    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    second = cli.run("train", str(config))
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in second.stderr
 
 
 def test_nan_ends_the_run_with_4_and_its_reason(config, tmp_path):
@@ -218,6 +240,29 @@ def test_damaged_index(damage, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_optimizer_state_of_another_form(config, tmp_path):
+    short = ["training.steps=2", "training.eval_every=null"]
+    assert cli.run("train", str(config), *short).returncode == 0
+    ended = cli.run("train", str(config), "parallel.distributed_optimizer=false", *short)
+    assert ended.returncode == 2
+    assert "parallel.distributed_optimizer = false: the checkpoint" in ended.stderr
+    assert "was written with true" in ended.stderr
+
+
+def test_full_disk_at_a_save_is_one_message_and_leaves_nothing(config, tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails in the same place."""
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 200; exec {sys.executable} -m litespark train {config}"],
+        capture_output=True,
+        text=True,
+        env=cli.environment(),
+        cwd=cli.ROOT,
+    )
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_checkpoint_of_another_shape(config, tmp_path):
     short = ["training.steps=2", "training.eval_every=null"]
     assert cli.run("train", str(config), *short).returncode == 0
@@ -235,13 +280,18 @@ def test_checkpoint_of_another_shape(config, tmp_path):
 
 def ranks_alive(mark: str) -> bool:
     """Whether a process whose command line holds `mark` still runs."""
+    return count_ranks(mark) > 0
+
+
+def count_ranks(mark: str) -> int:
+    """How many processes have `mark` in their command line."""
+    found = 0
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if mark.encode() in path.read_bytes():
-                return True
+            found += mark.encode() in path.read_bytes()
         except OSError:
             continue
-    return False
+    return found
 
 
 def shards(folder: Path) -> dict[str, bytes]:

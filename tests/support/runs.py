@@ -65,6 +65,25 @@ def train_rank(
     return history
 
 
+def train_unreduced_norms_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str]
+) -> list[tuple[float, float]]:
+    """Train with norms that have lost the mark by which their gradients are summed over shards."""
+    from litespark.models import build
+
+    original = build.check_parameter_marks
+
+    def unmark(chunk: Any, config: Any) -> None:
+        for parameter in chunk.parameters():
+            parameter.__dict__.pop("sequence_parallel", None)
+
+    build.check_parameter_marks = unmark
+    try:
+        return train_rank(rank, world_size, config_path, overrides)
+    finally:
+        build.check_parameter_marks = original
+
+
 def train_and_save_rank(
     rank: int, world_size: int, config_path: str, overrides: list[str], stop_step: int
 ) -> None:

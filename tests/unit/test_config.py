@@ -103,13 +103,47 @@ def test_python_objects_are_no_yaml(write):
 
 
 @pytest.mark.parametrize(
+    "override",
+    [
+        "model.preset=[tiny]",
+        "model.preset={a: 1}",
+        f"seed={10**30}",
+        "optimizer.lr=.inf",
+        "optimizer.lr=.nan",
+        "resilience.collective_timeout_seconds=.inf",
+        "run.output_dir=''",
+        "run.resume=''",
+    ],
+)
+def test_odd_values_are_mistakes_too(write, override):
+    with pytest.raises(UserError):
+        load_config(write(MINIMAL), [override])
+
+
+def test_yaml_that_contains_itself(write):
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(write("model: &a {x: *a}\n"))
+
+
+@pytest.mark.parametrize(
     ("world_size", "overrides", "words"),
     [
         (3, ["parallel.tensor=2"], ["2 x 1 x 1 = 2", "processes, 3"]),
         (1, ["parallel.tensor=2"], ["= 2: does not divide the number of processes, 1"]),
         (8, ["parallel.tensor=8"], ["num_attention_heads = 4", "parallel.tensor = 8"]),
         (2, ["parallel.tensor=2", "model.ffn_hidden_size=385"], ["ffn_hidden_size = 385"]),
-        (2, ["parallel.tensor=2", "model.vocab_size=2047"], ["vocab_padding_multiple"]),
+        (
+            2,
+            ["parallel.tensor=2", "model.vocab_size=2047", "model.vocab_padding_multiple=1"],
+            ["vocab_padding_multiple"],
+        ),
+        (
+            1,
+            ["model.rope_scaling={factor: 8.0, low_freq_factor: 4.0}"],
+            ["high_freq_factor = 4.0", "low_freq_factor = 4.0"],
+        ),
+        (1, ["schedule.warmup_steps=3", "schedule.decay_steps=2"], ["decay_steps = 2"]),
+        (1, ["schedule.kind=wsd", "schedule.decay_steps=11"], ["decay_steps = 11", "10 steps"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=63"], ["= 63"]),
         (2, ["parallel.context=2", "data.sequence_length=66"], ["divisible by 4"]),
         (3, ["parallel.pipeline=3"], ["num_layers = 4"]),

@@ -202,7 +202,9 @@ def test_existing_output_is_kept_unless_told(tmp_path, json_folder):
         preprocess(options(tmp_path, json_folder, data))
     assert verify_checksums(tmp_path / "out" / "p_text_document") == first
     preprocess(options(tmp_path, json_folder, data, overwrite=True))
-    assert verify_checksums(tmp_path / "out" / "p_text_document").files.documents == 2
+    second = verify_checksums(tmp_path / "out" / "p_text_document")
+    assert second is not None
+    assert second.files.documents == 2
 
 
 def test_wrong_options_are_refused(tmp_path, json_folder):

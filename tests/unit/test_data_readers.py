@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 import zstandard
 
 from litespark.data import readers
-from litespark.data.readers import Source, find_sources, iterate_blocks, parse_line, read_documents
+from litespark.data.readers import (
+    BadLine,
+    Source,
+    find_sources,
+    iterate_blocks,
+    numbered_lines,
+    parse_line,
+)
 from litespark.errors import UserError
 from tests.support.data import write_jsonl
 
@@ -18,6 +27,18 @@ SKIPPABLE_FRAME = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little")
 
 def stop(bad):
     raise bad.as_error()
+
+
+def read_documents(inputs, json_key, on_bad_line):
+    """Yield (text, path, line) of every document, as the preprocessor and its workers do."""
+    for source in find_sources(inputs):
+        for block in iterate_blocks(source):
+            for line, raw in numbered_lines(block):
+                parsed = parse_line(raw, json_key)
+                if isinstance(parsed, str):
+                    on_bad_line(BadLine(source.path, line, parsed))
+                else:
+                    yield parsed.text, source.path, line
 
 
 def lines_of(texts):
@@ -72,9 +93,67 @@ def test_wrong_inputs_are_refused(tmp_path):
         ([str(tmp_path / "a.parquet")], "suffix"),
         ([str(tmp_path / "empty")], "holds no"),
         ([str(file), str(file)], "named twice"),
+        ([""], "is empty"),
+        ([str(tmp_path / ("x" * 5000))], "no such file"),
     ]:
         with pytest.raises(UserError, match=message):
             find_sources(inputs)
+
+
+def test_what_is_no_regular_file_is_refused_and_named(tmp_path):
+    folder = tmp_path / "f[1]"  # a name that is a glob too, and as such matches "f1"
+    (folder / "sub").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ["x"])
+    broken = folder / "sub" / "broken.jsonl"
+    broken.symlink_to(tmp_path / "gone.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for given, named in [
+        (broken, broken),
+        (folder, broken),
+        (f"{tmp_path}/f*/sub/*", broken),
+        (f"{tmp_path}/f*/**", broken),
+        (tmp_path / "pipe.jsonl", tmp_path / "pipe.jsonl"),
+        (f"{tmp_path}/pipe*", tmp_path / "pipe.jsonl"),
+        ("/dev/null", "/dev/null"),
+    ]:
+        with pytest.raises(UserError, match="is no regular file") as caught:
+            find_sources([str(given)])
+        assert caught.value.where == f"--input {named}"
+
+
+def test_a_globs_match_is_no_glob_again(tmp_path):
+    (tmp_path / "a[1].jsonl").symlink_to(tmp_path / "gone.jsonl")
+    write_jsonl(tmp_path / "a1.jsonl", ["y"])  # what the link's name matches as a glob
+    with pytest.raises(UserError, match="is no regular file"):
+        find_sources([f"{tmp_path}/a?1?.jsonl"])
+
+
+def test_one_file_by_two_paths_is_named_twice(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "fold" / "x.jsonl", ["x"])
+    (tmp_path / "link.jsonl").symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    for inputs in [
+        ["fold", str(file)],
+        ["fold/x.jsonl", "./fold/../fold/x.jsonl"],
+        ["fold/x.jsonl", "link.jsonl"],
+        ["fold/*.jsonl", "fold"],
+    ]:
+        with pytest.raises(UserError, match="named twice"):
+            find_sources(inputs)
+    (tmp_path / "fold" / "y.jsonl").symlink_to(file)
+    for given in ("fold", "fold/*", "fold/**"):
+        with pytest.raises(UserError, match=r"named twice \(first as fold/x.jsonl\)"):
+            find_sources([given])
+
+
+@pytest.mark.parametrize("pattern", ["fj/**", "fj/**/*", "fj/**/*.jsonl", "**/sub*", "**/fj"])
+def test_recursive_glob_takes_each_file_once(tmp_path, monkeypatch, pattern):
+    names = ["fj/a.jsonl", "fj/b/c.jsonl", "fj/sub/d.jsonl", "fj/sub/sub2/e.jsonl"]
+    for name in names:
+        write_jsonl(tmp_path / name, [name])
+    monkeypatch.chdir(tmp_path)
+    expected = names[2:] if "sub" in pattern else names
+    assert sorted(Path(s.path).as_posix() for s in find_sources([pattern])) == expected
 
 
 def test_zstd_frames_one_after_another_are_all_read(tmp_path):

@@ -15,6 +15,7 @@ from litespark.checkpoint.folder import (
     prune_checkpoints,
     publish_checkpoint,
     remove_leftovers,
+    set_aside_later,
 )
 from litespark.checkpoint.run_state import FILE_NAME, RunState
 from litespark.config.schema import RunConfig
@@ -57,12 +58,42 @@ def test_newest_of_complete_checkpoints(tmp_path):
         "step_000000020",
         "step_000000100",
     ]
-    newest = checkpoints / "step_000000100"
-    assert newest_checkpoint(checkpoints) == newest
+    newest = checkpoints / "step_000000020"
+    assert newest_checkpoint(checkpoints) == newest, "`latest` says which, not the highest number"
     for named in (tmp_path, checkpoints, newest):
         assert find_checkpoint(named) == newest
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_without_latest_the_last_step_is_the_newest(tmp_path):
+    for step in (5, 100, 20):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "latest").write_text("step_000000999\n")
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000000100"
+    (tmp_path / "latest").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000000100"
+
+
+def test_a_roll_back_sets_later_checkpoints_aside(tmp_path):
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    moved = set_aside_later(tmp_path, 2)
+    assert [path.name for path in moved] == [
+        "rolled_back_step_000000004",
+        "rolled_back_step_000000006",
+    ]
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000000002"
+    make_checkpoint(tmp_path, 4)
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000000004"
+
+
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path):
+    make_checkpoint(tmp_path, 7)
+    (tmp_path / "step_000000007").rename(tmp_path / ".step_000000007.replaced")
+    remove_leftovers(tmp_path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000000007"
 
 
 def test_publishing_a_step_again_replaces_it(tmp_path):
@@ -90,6 +121,9 @@ def test_run_state_survives_and_refuses_other_versions(tmp_path):
     values = json.loads((folder / FILE_NAME).read_text())
     (folder / FILE_NAME).write_text(json.dumps(values | {"format_version": 99}))
     with pytest.raises(UserError, match="format_version = 99"):
+        RunState.read(folder)
+    (folder / FILE_NAME).write_text(json.dumps(values | {"model": None}))
+    with pytest.raises(UserError, match="is not what was written"):
         RunState.read(folder)
     (folder / FILE_NAME).write_text("{")
     with pytest.raises(UserError, match=r"run_state\.json: cannot be read"):

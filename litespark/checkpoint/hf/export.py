@@ -137,7 +137,11 @@ def _open_tokenizer(state: RunState, path: str | None) -> Tokenizer | None:
         logger.warning("the run names no data.tokenizer: exported without tokenizer files")
         return None
     if not is_named and not Path(path).exists():
-        logger.warning("%s, the run's tokenizer, is not there: exported without it", path)
+        logger.warning(
+            "%s, the run's tokenizer, is not there (seen from %s): exported without it; "
+            "name it with --tokenizer",
+            *(path, Path.cwd()),
+        )
         return None
     tokenizer = load_tokenizer(path)
     vocab_size = state.model_config().vocab_size

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from litespark.checkpoint.run_state import RunState
 from litespark.data.tokenizers import Tokenizer
-from litespark.errors import UserError
+from litespark.errors import LitesparkError, UserError
 from litespark.utils.files import (
     atomic_write,
     fsync_path,
@@ -29,17 +31,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when the block ends, or vanishes if it raises.
 
     Raises:
-        UserError: `folder` is taken: it holds something, or is a file.
+        UserError: `folder` is taken (it holds something, or is a file) or cannot be made.
+        LitesparkError: the disk is full.
     """
     refuse_taken(folder)
     final = Path(os.path.realpath(folder))  # a link to an empty folder stays a link
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(final)
-    temporary.mkdir()
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(
+            str(folder),
+            f"cannot be made ({error.strerror})",
+            "Give a folder in a place that can be written to.",
+        ) from None
     try:
         yield temporary
         fsync_path(temporary)
         rename_durably(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LitesparkError(f"{folder}: writing failed, nothing was kept ({error})") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
-from litespark.checkpoint.folder import prune_checkpoints, remove_leftovers
+from litespark.checkpoint.folder import prune_checkpoints, remove_leftovers, set_aside_later
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.save import save_checkpoint
 from litespark.config.load import dump_config
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome, parameters_synchronised
+
+logger = logging.getLogger("litespark.checkpoint")
 
 
 class Checkpointing(Hook):
@@ -24,6 +27,8 @@ class Checkpointing(Hook):
         self.saved_step = run.step
         if run.process.is_first:
             remove_leftovers(run.folder / "checkpoints")
+            for path in set_aside_later(run.folder / "checkpoints", run.step):
+                logger.warning("rolled back to step %d: %s is set aside", run.step, path.name)
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Save when it is time."""

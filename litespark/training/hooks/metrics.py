@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from litespark.metering.energy import EnergyMeter
-from litespark.metering.flops import flops_per_token
+from litespark.metering.flops import flops_per_token, mfu, tflops
 from litespark.metering.gpu_peaks import check_below_peak, peak_for_device
 from litespark.metering.memory import peak_memory_bytes
 from litespark.training.hooks.console import Console
@@ -86,7 +86,11 @@ class MetricsWriter:
 
 
 class StepMetrics(Hook):
-    """Every `training.log_every` steps: loss, speed, energy and memory since the last line."""
+    """Every `training.log_every` steps: this step's loss; speed, energy and memory since the last.
+
+    The loss is the step's own, not a mean since the last line: it is then the same whether or not
+    the run was stopped and resumed in between.
+    """
 
     def __init__(self, writer: MetricsWriter) -> None:
         self.writer = writer
@@ -95,7 +99,6 @@ class StepMetrics(Hook):
     def on_start(self, run: TrainingRun) -> None:
         """Start the counters."""
         self.logged_step = run.step
-        self.loss_and_tokens: torch.Tensor | None = None
         self.joules = self.energy.read_joules()
         self.read_at_seconds = time.perf_counter()
         model, length = run.config.model, run.config.data.sequence_length
@@ -105,14 +108,10 @@ class StepMetrics(Hook):
         run.timings = Timings()
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
-        """Add the step up; write a line when it is time."""
-        before = self.loss_and_tokens
-        now = outcome.loss_and_tokens
-        self.loss_and_tokens = now if before is None else before + now
+        """Write a line when it is time."""
         if run.step % run.config.training.log_every and run.step != run.total_steps:
             return
         self.writer.write_step(self._record(run, outcome))
-        self.loss_and_tokens = None
         self.logged_step = run.step
         run.timings = Timings()
 
@@ -122,7 +121,6 @@ class StepMetrics(Hook):
 
     def _record(self, run: TrainingRun, outcome: StepOutcome) -> Record:
         steps = run.step - self.logged_step
-        assert self.loss_and_tokens is not None
         step_seconds = run.timings.steps_seconds / steps
         tokens_per_second = run.config.tokens_per_step / step_seconds
         joules, memory_bytes = self._over_ranks()
@@ -132,7 +130,7 @@ class StepMetrics(Hook):
         return {
             "step": run.step,
             "tokens": _tokens(run),
-            "loss": mean_loss(self.loss_and_tokens),
+            "loss": mean_loss(outcome.loss_and_tokens),
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "step_seconds": step_seconds,
@@ -154,14 +152,14 @@ class StepMetrics(Hook):
             keys = "tokens_per_second_per_gpu tflops_per_gpu_causal tflops_per_gpu_full mfu"
             return dict.fromkeys(keys.split())
         per_gpu = tokens_per_second / run.process.world_size
-        causal, full = per_gpu * self.flops_causal / 1e12, per_gpu * self.flops_full / 1e12
-        if self.peak is not None:
+        causal, full = tflops(per_gpu, self.flops_causal), tflops(per_gpu, self.flops_full)
+        if self.peak is not None and run.process.is_first:
             check_below_peak(causal, self.peak, run.config.precision.mode)
         return {
             "tokens_per_second_per_gpu": per_gpu,
             "tflops_per_gpu_causal": causal,
             "tflops_per_gpu_full": full,
-            "mfu": None if self.peak is None else causal / self.peak.bf16_tflops,
+            "mfu": mfu(causal, None if self.peak is None else self.peak.bf16_tflops),
         }
 
     def _over_ranks(self) -> tuple[float | None, int]:
@@ -185,12 +183,12 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["step"] <= step:
+        if isinstance(record, dict) and record.get("step", 0) <= step:
             kept.append(line)
     write_text_atomically(path, "".join(kept))
 

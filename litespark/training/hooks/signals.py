@@ -9,15 +9,14 @@ from typing import Any
 
 from litespark.errors import StoppedBySignal
 from litespark.parallel.groups import any_rank
+from litespark.training.launch import SIGNALS
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 
 class StopOnSignal(Hook):
-    """Handles SIGTERM and SIGUSR1 (preemption) and SIGINT (Ctrl-C).
+    """Handles `SIGNALS`: preemption, Ctrl-C, a closed terminal.
 
     A signal may reach one rank a step before another, so the ranks agree after every step, over
     gloo and on the CPU: a stop that only some ranks believe in would leave the rest waiting.
