@@ -21,7 +21,7 @@ from litespark.checkpoint.hf.llama import hf_config
 from litespark.cli import export as command
 from litespark.config.schema import RunConfig
 from litespark.data.tokenizers import load_tokenizer
-from litespark.errors import UserError
+from litespark.errors import LitesparkError, UserError
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.training.single import load_model, single_process
@@ -216,7 +216,7 @@ def test_missing_tokenizer_of_the_run_is_a_warning_a_named_one_an_error(tiny_run
     try:
         exported = export(tiny_run, tmp_path / "without")
         assert not exported.has_tokenizer
-        assert "is not there: exported without it" in caplog.text
+        assert "is not there (seen from" in caplog.text
         assert not (tmp_path / "without/tokenizer.json").exists()
         assert export(tiny_run, tmp_path / "with", tokenizer=str(moved)).has_tokenizer
         with pytest.raises(UserError, match="no such file or folder"):
@@ -276,9 +276,16 @@ def test_nothing_is_left_when_the_disk_fills(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("litespark.checkpoint.hf.shards.save_file", full)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(LitesparkError, match="nothing was kept .*No space left"):
         export(tiny_run, out / "hf")
     assert list(out.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_a_mistake(tiny_run, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "hf", Path("/proc/hf")):
+        with pytest.raises(UserError, match="cannot be made"):
+            export(tiny_run, out)
 
 
 def test_both_generations_of_transformers_read_the_rotary_frequencies():
