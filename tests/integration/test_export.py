@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -276,7 +277,7 @@ def test_nothing_is_left_when_the_disk_fills(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("litespark.checkpoint.hf.shards.save_file", full)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(LitesparkError, match="nothing was kept .*No space left"):
+    with pytest.raises(LitesparkError, match=r"nothing was kept .*No space left"):
         export(tiny_run, out / "hf")
     assert list(out.iterdir()) == []
 
