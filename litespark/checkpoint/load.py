@@ -32,10 +32,14 @@ def load_checkpoint(
         UserError: the checkpoint cannot be read or does not fit.
     """
     loaded = load_sharded(run_tensors(chunks, optimizer, is_loading=True), checkpoint / STATE)
-    for number, chunk in enumerate(chunks):
-        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
+    _load_chunks(chunks, loaded)
     _load_optimizer(optimizer, loaded["optimizer"])
     return RunState.read(checkpoint)
+
+
+def _load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -60,6 +64,5 @@ def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunStat
     """
     check_readable(checkpoint)
     loaded = load_sharded(model_state(chunks), checkpoint / STATE)
-    for number, chunk in enumerate(chunks):
-        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
+    _load_chunks(chunks, loaded)
     return RunState.read(checkpoint)

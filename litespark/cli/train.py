@@ -65,7 +65,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from litespark.parallel.environment import world_size_from_environment
-    from litespark.training.launch import end_at_once_until_ready
+    from litespark.training.launch import end_at_once_until_ready, launch
+    from litespark.training.preflight import preflight
 
     end_at_once_until_ready()
     try:
@@ -84,14 +85,16 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.dry_run and os.environ.get("RANK", "0") != "0":
         return ExitCode.DONE  # the first rank speaks
-    if args.dry_run:
-        return _dry_run(config, launched_world_size or args.nproc or 1)
-    if launched_world_size is None and (args.nproc or 1) > 1:
-        return _launch(config, args)
-    if launched_world_size is None:
-        from litespark.training.preflight import preflight
-
-        preflight(config, 1)  # a mistake need not wait for torch
+    world_size = launched_world_size or args.nproc or 1
+    if args.dry_run or launched_world_size is None:
+        # Mistakes are found here, where they cost a second and one message. The ranks of a
+        # launcher check for themselves, and agree on what they found.
+        checked = preflight(config, world_size)
+        if args.dry_run:
+            return _show_plan(config, world_size, checked.checkpoint)
+        if world_size > 1:
+            events = Path(config.run.output_dir) / "events.jsonl"
+            return launch(world_size, ["train", args.config, *args.overrides], events)
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core
@@ -101,21 +104,8 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _launch(config: RunConfig, args: argparse.Namespace) -> int:
-    """Find mistakes here, where they cost a second and one message, then start the processes."""
-    from litespark.training.preflight import preflight
-
-    preflight(config, args.nproc)
-    from litespark.training.launch import launch
-
-    events = Path(config.run.output_dir) / "events.jsonl"
-    return launch(args.nproc, ["train", args.config, *args.overrides], events)
-
-
-def _dry_run(config: RunConfig, world_size: int) -> int:
-    from litespark.training.preflight import preflight
-
-    checked = preflight(config, world_size)
+def _show_plan(config: RunConfig, world_size: int, checkpoint: Path | None) -> int:
+    """Print the resolved configuration, who does what, and where the run would start."""
     layout = RankLayout.of(config.parallel, world_size)
     print(dump_config(config))  # noqa: T201
     print(f"{world_size} processes: {layout.describe()}")  # noqa: T201
@@ -125,6 +115,6 @@ def _dry_run(config: RunConfig, world_size: int) -> int:
         print(f"{rank:4d}: {numbers[0]:6d} {numbers[1]:7d} {numbers[2]:4d} {numbers[3]:8d}")  # noqa: T201
     print(  # noqa: T201
         f"{config.total_steps} steps of {config.tokens_per_step} tokens; "
-        + (f"resumes from {checked.checkpoint}" if checked.checkpoint else "starts anew")
+        + (f"resumes from {checkpoint}" if checkpoint else "starts anew")
     )
     return ExitCode.DONE

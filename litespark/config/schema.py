@@ -327,3 +327,8 @@ class RunConfig(Section):
         """Number of data-parallel ranks among `world_size` processes."""
         parallel = self.parallel
         return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+    def num_micro_batches(self, world_size: int) -> int | None:
+        """Micro-batches of one rank in one step; None when the global batch does not divide."""
+        samples = self.batch.micro * max(1, self.data_parallel_size(world_size))
+        return None if self.batch.global_ % samples else self.batch.global_ // samples

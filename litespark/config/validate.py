@@ -120,7 +120,7 @@ def _check_pipeline(config: RunConfig, world_size: int) -> Iterator[UserError]:
             f"is not divisible by parallel.pipeline x virtual_pipeline = {chunks}",
             f"Choose degrees whose product divides {layers}.",
         )
-    micro_batches = _micro_batches(config, world_size)
+    micro_batches = config.num_micro_batches(world_size)
     if parallel.virtual_pipeline > 1 and micro_batches and micro_batches % parallel.pipeline:
         yield UserError(
             f"batch.global = {config.batch.global_}",
@@ -130,14 +130,8 @@ def _check_pipeline(config: RunConfig, world_size: int) -> Iterator[UserError]:
         )
 
 
-def _micro_batches(config: RunConfig, world_size: int) -> int | None:
-    """Micro-batches of a rank in one step, or None when the batch does not divide."""
-    samples = config.batch.micro * max(1, config.data_parallel_size(world_size))
-    return None if config.batch.global_ % samples else config.batch.global_ // samples
-
-
 def _check_batch(config: RunConfig, world_size: int) -> Iterator[UserError]:
-    if _micro_batches(config, world_size) is None:
+    if config.num_micro_batches(world_size) is None:
         replicas = max(1, config.data_parallel_size(world_size))
         yield UserError(
             f"batch.global = {config.batch.global_}",

@@ -62,12 +62,6 @@ class TrainingRun:
         """The run's folder."""
         return Path(self.config.run.output_dir)
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of this rank in one step."""
-        batch = self.config.batch
-        return batch.global_ // (batch.micro * self.layout.data)
-
     def record_event(self, event: str, detail: str) -> None:
         """Append a line to the run's `events.jsonl`; only the first rank writes."""
         if self.process.is_first:

@@ -102,7 +102,9 @@ def parameters_synchronised(chunks: Sequence[DistributedDataParallel]) -> Iterat
 
 def _next_micro_batches(run: TrainingRun, batches: BatchLoader | None) -> Sequence[Batch | None]:
     if batches is None:
-        return [None] * run.num_micro_batches
+        count = run.config.num_micro_batches(run.process.world_size)
+        assert count is not None, "validated before the start"
+        return [None] * count
     micro_batches = batches.next_step()
     run.timings.data_wait_seconds += batches.wait_seconds
     return micro_batches
