@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,11 @@ _NOT_SHAPE = {
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stood when its checkpoint was written."""
+    """Where a run stood when its checkpoint was written.
+
+    `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far;
+    `bf16_layers` the layers, counted from 1, that the FP8 guard has moved to BF16.
+    """
 
     format_version: int
     step: int
@@ -40,10 +44,19 @@ class RunState:
     data: dict[str, Any]
     layout: dict[str, int]
     versions: dict[str, str]
+    fp8_scales: dict[str, list[float]] = field(default_factory=dict)
+    bf16_layers: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, config: RunConfig, layout: RankLayout, *, step: int, consumed_samples: int
+        cls,
+        config: RunConfig,
+        layout: RankLayout,
+        *,
+        step: int,
+        consumed_samples: int,
+        fp8_scales: dict[str, list[float]] | None = None,
+        bf16_layers: list[int] | None = None,
     ) -> RunState:
         """The state of a run at `step`."""
         return cls(
@@ -58,6 +71,8 @@ class RunState:
             data=config.data.model_dump(mode="json"),
             layout=asdict(layout),
             versions=_versions(),
+            fp8_scales=fp8_scales or {},
+            bf16_layers=bf16_layers or [],
         )
 
     def to_json(self) -> str:
@@ -142,7 +157,9 @@ def check_same_optimizer(state: RunState, checkpoint: Path, config: RunConfig) -
             f"{str(state.distributed_optimizer).lower()}, which stores the optimizer otherwise",
             "Set it to the checkpoint's value.",
         )
-    if not sharded and config.precision.mode != state.precision:
+    formats = {"fp8": "bf16"}  # FP8 is a matter of the products: what is stored is the same
+    wanted = formats.get(config.precision.mode, config.precision.mode)
+    if not sharded and wanted != formats.get(state.precision, state.precision):
         raise UserError(
             f"precision.mode = {config.precision.mode}",
             f"the checkpoint {checkpoint} was written with {state.precision}, and without the "

@@ -6,12 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from litespark.cli import data, export, generate, preprocess, report, train
+from litespark.cli import bench, data, export, generate, preprocess, report, train
 from litespark.cli.exits import run_command
 from litespark.utils.log import quiet_upstream, set_up_logging
 from litespark.version import __version__
 
-COMMANDS = (preprocess, data, train, export, generate, report)
+COMMANDS = (preprocess, data, train, export, generate, report, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

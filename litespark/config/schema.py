@@ -80,10 +80,11 @@ class ModelConfig(Section):
         description="Standard deviation of the initial weights; the projections that write into "
         "the residual stream use init_std / sqrt(2 num_layers).",
     )
-    backend: Literal["auto", "reference"] = Field(
+    backend: Literal["auto", "reference", "triton", "te"] = Field(
         default="auto",
-        description="Who computes the layers: `reference` is plain torch on any device; `auto` "
-        "takes the fastest that this machine can run.",
+        description="Who computes the layers: `reference` is plain torch on any device; `triton` "
+        "is Litespark's fused blocks; `te` is Transformer Engine; `auto` takes the fastest that "
+        "this machine and configuration can run.",
     )
 
     @model_validator(mode="before")
@@ -141,10 +142,55 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats; master weights, Adam moments and gradient sums are always fp32."""
+    """Number formats; master weights, Adam moments and gradient sums are always fp32.
 
-    mode: Literal["bf16", "fp32"] = Field(
+    With `fp8` the products of the layers' linears are in FP8: E4M3, and E5M2 for gradients.
+    Everything else, the LM head included, is as with `bf16`.  The keys after `mode` are for FP8.
+    """
+
+    mode: Literal["bf16", "fp32", "fp8"] = Field(
         default="bf16", description="Format of weights and activations."
+    )
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
+        default="delayed",
+        description="Scales: one a tensor, from the largest values of earlier steps (delayed) or "
+        "of the tensor itself (tensorwise); or one for each tile of 128 (blockwise).",
+    )
+    amax_history_steps: int = Field(
+        default=16, ge=1, description="Optimizer steps that a delayed scale looks back on."
+    )
+    margin: int = Field(default=0, ge=0, le=16, description="Scales are lowered by 2^margin.")
+    bf16_first_layers: int = Field(
+        default=0, ge=0, description="So many layers at the bottom stay in BF16."
+    )
+    bf16_last_layers: int = Field(
+        default=0, ge=0, description="So many layers at the top stay in BF16."
+    )
+    fc1_output: Literal["bf16", "fp8_kept", "fp8"] = Field(
+        default="fp8_kept",
+        description="The MLP's widest tensor: in BF16; in BF16, of which an FP8 copy waits for "
+        "backward (half of the activations' memory); or written in FP8 by the product and read "
+        "so by both directions (fastest; delayed recipe only, fp8_kept under the others).",
+    )
+    fast_accumulation: Literal["forward", "all"] = Field(
+        default="forward",
+        description="Which FP8 products leave partial sums in the tensor cores' short "
+        "accumulators: only forward's, or the gradients' too (faster, less exact).",
+    )
+    guard_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between comparisons of FP8 with BF16 on one fixed batch; null: never.",
+    )
+    guard_max_gap: float = Field(
+        default=0.01,
+        gt=0,
+        description="Difference of the two losses, relative to BF16's, from which the guard acts.",
+    )
+    guard_action: Literal["log", "bf16"] = Field(
+        default="log",
+        description="What the guard does beyond the gap: only say so, or move the layer whose FP8 "
+        "output is farthest off to BF16 for the rest of the run.",
     )
 
 

@@ -22,6 +22,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
     return [
         *_check_degrees(config, world_size),
         *_check_model(config),
+        *_check_precision(config),
         *_check_pipeline(config, world_size),
         *_check_batch(config, world_size),
         *_check_lengths(config),
@@ -103,6 +104,61 @@ def _check_model(config: RunConfig) -> Iterator[UserError]:
             f"parallel.tensor = {tensor}",
             f"Set model.vocab_padding_multiple to a multiple of {tensor}, e.g. 128.",
         )
+
+
+def _check_precision(config: RunConfig) -> Iterator[UserError]:
+    precision, model, tensor = config.precision, config.model, config.parallel.tensor
+    if model.backend == "te" and precision.mode == "fp32":
+        yield UserError(
+            "model.backend = te", "computes in bf16 or fp8", "Set precision.mode=bf16 or fp8."
+        )
+    if precision.mode != "fp8":
+        return
+    if precision.guard_every is not None and model.backend == "te":
+        yield UserError(
+            f"precision.guard_every = {precision.guard_every}",
+            "compares layer by layer, which model.backend = te has no way to do",
+            "Set model.backend=triton, or leave out guard_every.",
+        )
+    first_or_last = precision.bf16_first_layers + precision.bf16_last_layers > 0
+    if model.backend == "te" and precision.recipe == "delayed" and first_or_last:
+        yield UserError(
+            "precision.recipe = delayed",
+            "cannot keep layers in BF16 with model.backend = te (megatron-core's restriction)",
+            "Set precision.recipe=tensorwise, or model.backend=triton.",
+        )
+    if model.backend == "reference":
+        yield UserError(
+            "precision.mode = fp8",
+            "is not computed by model.backend = reference",
+            "Set model.backend=auto, triton or te, or precision.mode=bf16.",
+        )
+    kept = precision.bf16_first_layers + precision.bf16_last_layers
+    if kept >= model.num_layers:
+        yield UserError(
+            f"precision.bf16_first_layers + bf16_last_layers = {kept}",
+            f"leaves none of the {model.num_layers} layers in FP8",
+            "Lower them, or set precision.mode=bf16.",
+        )
+    # cuBLAS' FP8 products read 16 bytes at a time; a scale of the blockwise recipe covers 128.
+    unit = 128 if precision.recipe == "blockwise" else 16
+    tokens = config.batch.micro * config.data.sequence_length // config.parallel.context
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
+        "query and key/value width / parallel.tensor": (
+            model.head_dim * (model.num_attention_heads + 2 * model.num_query_groups) // tensor
+        ),
+        "query width / parallel.tensor": model.head_dim * model.num_attention_heads // tensor,
+        "tokens of a micro-batch": tokens,
+    }
+    for name, size in sizes.items():
+        if size % unit:
+            yield UserError(
+                f"precision.mode = fp8 ({precision.recipe})",
+                f"needs multiples of {unit}, and {name} is {size}",
+                f"Change it to a multiple of {unit}, or set precision.mode=bf16.",
+            )
 
 
 def _check_pipeline(config: RunConfig, world_size: int) -> Iterator[UserError]:

@@ -62,7 +62,7 @@ class BatchLoader:
     """This data-parallel rank's share of each global batch, in order, without end.
 
     Args:
-        blend: gives sample k.
+        samples: gives sample k.
         micro_batch_size: samples of one forward pass on one rank.
         global_batch_size: samples of one step over all ranks.
         data_parallel_rank, data_parallel_size: this rank among those that see different samples.
@@ -75,7 +75,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        blend: SampleSource,
+        samples: SampleSource,
         micro_batch_size: int,
         global_batch_size: int,
         data_parallel_rank: int,
@@ -99,7 +99,7 @@ class BatchLoader:
         self.global_batch_size = global_batch_size
         self.num_micro_batches = global_batch_size // samples_at_once
         self.wait_seconds = 0.0
-        self._blend = blend
+        self.samples = samples
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._consumed = consumed_samples
         self._max_samples = max_samples
@@ -175,7 +175,7 @@ class BatchLoader:
         batches = []
         for micro_batch in range(self.num_micro_batches):
             first = consumed + (micro_batch * self._ranks + self._rank) * self.micro_batch_size
-            rows = [self._blend[first + j] for j in range(self.micro_batch_size)]
+            rows = [self.samples[first + j] for j in range(self.micro_batch_size)]
             batches.append(_batch_of(np.stack(rows)))
         return batches
 

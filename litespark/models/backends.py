@@ -2,21 +2,68 @@
 
 A backend answers megatron-core's questions ("which norm?", "which core attention?") with a class.
 Adding a backend is adding a provider; the control flow that uses the answers is written once, in
-`layer_specs.py`.
+`layer_specs.py`.  Parameters have the same names under all of them, so that a checkpoint does not
+know which wrote it.
 """
 
 from __future__ import annotations
 
-from megatron.core.models.backends import LocalSpecProvider
+import importlib.util
+import logging
+from typing import Any
 
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from litespark.config.schema import RunConfig
+from litespark.errors import UserError
+from litespark.fp8.policy import PrecisionPolicy
 from litespark.modules.core_attention import ReferenceCoreAttention
 from litespark.modules.norm import RMSNorm
 
+logger = logging.getLogger("litespark.models")
 
-class ReferenceBackend(LocalSpecProvider):
-    """Plain torch on any device: megatron-core's linears, Litespark's RMSNorm and attention."""
+
+class Backend(LocalSpecProvider):
+    """Plain torch on any device: megatron-core's linears, Litespark's RMSNorm and attention.
+
+    `fused_head` says whether the LM head and the loss are computed together, in chunks of tokens.
+    """
 
     name = "reference"
+    fused_head = False
+
+    def __init__(self, config: RunConfig) -> None:
+        self.policy = PrecisionPolicy(config.precision, config.model.num_layers)
+
+    @classmethod
+    def obstacle(cls, config: RunConfig) -> str | None:
+        """Why this backend cannot compute `config` on this machine; None: it can."""
+        return "computes no FP8" if config.precision.mode == "fp8" else None
+
+    def layer(self) -> type:
+        """The transformer layer."""
+        return TransformerLayer
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """What the layer is built with beside megatron-core's arguments."""
+        return {}
+
+    def self_attention(self) -> type:
+        """Norm to projection."""
+        return SelfAttention
+
+    def mlp(self) -> type:
+        """FC1, SwiGLU, FC2."""
+        return MLP
+
+    def normed_linear(self) -> tuple[type, type]:
+        """The norm before a block and the block's first linear."""
+        return self.layer_norm(rms_norm=True), self.column_parallel_linear()
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm of every norm slot; a Llama has no other than RMSNorm."""
@@ -27,10 +74,139 @@ class ReferenceBackend(LocalSpecProvider):
         return ReferenceCoreAttention
 
 
-BACKENDS = {"reference": ReferenceBackend}
-FASTEST = "reference"
+class TritonBackend(Backend):
+    """Litespark's fused blocks: Triton kernels on a GPU, their torch references elsewhere."""
+
+    name = "triton"
+    fused_head = True
+
+    @classmethod
+    def obstacle(cls, config: RunConfig) -> str | None:
+        """Why this backend cannot compute `config` on this machine; None: it can."""
+        if config.model.num_query_groups < config.parallel.tensor:
+            return (
+                f"splits key/value heads over tensor-parallel ranks, and there are "
+                f"{config.model.num_query_groups} for {config.parallel.tensor}"
+            )
+        if not torch.cuda.is_available():
+            return None
+        needed = (8, 9) if config.precision.mode == "fp8" else (8, 0)
+        found = torch.cuda.get_device_capability()
+        if found < needed:
+            return (
+                f"needs a GPU of compute capability {needed[0]}.{needed[1]} for "
+                f"{config.precision.mode}, and this one has {found[0]}.{found[1]}"
+            )
+        return None
+
+    def layer(self) -> type:
+        """Two fused blocks."""
+        from litespark.modules.fused_layer import FusedTransformerLayer
+
+        return FusedTransformerLayer
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """The number formats of the layers."""
+        return {"policy": self.policy}
+
+    def self_attention(self) -> type:
+        """Fused norm, QKV, RoPE; core attention; projection."""
+        from litespark.modules.fused_attention import FusedSelfAttention
+
+        return FusedSelfAttention
+
+    def mlp(self) -> type:
+        """Fused residual add, norm, FC1, SwiGLU, FC2, residual add."""
+        from litespark.modules.fused_mlp import FusedMLP
+
+        return FusedMLP
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        """Holds the blocks' norm weights; computes the final norm."""
+        from litespark.modules.fused_norm import FusedRMSNorm
+
+        return FusedRMSNorm
+
+    def core_attention(self) -> type:
+        """The fastest attention library there is."""
+        from litespark.modules.fused_core_attention import FusedCoreAttention
+
+        return FusedCoreAttention
 
 
-def select_backend(name: str) -> ReferenceBackend:
-    """The provider for `model.backend`; `auto` takes the fastest there is."""
-    return BACKENDS[FASTEST if name == "auto" else name]()
+class TransformerEngineBackend(Backend):
+    """Transformer Engine's modules, for comparison; the norm lives inside the linear after it."""
+
+    name = "te"
+    fused_head = True
+
+    @classmethod
+    def obstacle(cls, config: RunConfig) -> str | None:
+        """Why this backend cannot compute `config` on this machine; None: it can."""
+        if importlib.util.find_spec("transformer_engine") is None:
+            return "needs Transformer Engine: pip install 'litespark[te]'"
+        if not torch.cuda.is_available():
+            return "needs a CUDA device"
+        return None
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        self.provider = TESpecProvider()
+
+    def normed_linear(self) -> tuple[type, type]:
+        """No norm of its own, and a linear that begins with one."""
+        linear = self.provider.column_parallel_layer_norm_linear()
+        assert linear is not None, "Transformer Engine always has one"
+        return IdentityOp, linear
+
+    def column_parallel_linear(self) -> type:
+        """Linear split over its outputs."""
+        return self.provider.column_parallel_linear()
+
+    def row_parallel_linear(self) -> type:
+        """Linear split over its inputs."""
+        return self.provider.row_parallel_linear()
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        """The final norm."""
+        return self.provider.layer_norm(rms_norm, for_qk)
+
+    def core_attention(self) -> type:
+        """cuDNN's or FlashAttention's, as Transformer Engine chooses."""
+        return self.provider.core_attention()
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    "reference": Backend,
+    "triton": TritonBackend,
+    "te": TransformerEngineBackend,
+}
+
+
+def select_backend(config: RunConfig) -> Backend:
+    """The provider for `model.backend`; `auto` takes the fastest that can compute `config`.
+
+    Raises:
+        UserError: the backend that was asked for by name cannot.
+    """
+    name = config.model.backend
+    if name != "auto":
+        obstacle = BACKENDS[name].obstacle(config)
+        if obstacle is not None:
+            raise UserError(
+                f"model.backend = {name}", obstacle, "Set model.backend=auto to take another."
+            )
+        return BACKENDS[name](config)
+    # On a CPU the fused blocks are slower than plain torch; only FP8 needs them.
+    wants_fused = torch.cuda.is_available() or config.precision.mode == "fp8"
+    obstacle = TritonBackend.obstacle(config) if wants_fused else None
+    if wants_fused and obstacle is None:
+        return TritonBackend(config)
+    if obstacle is not None:
+        logger.warning("the fused backend is not used: it %s", obstacle)
+    obstacle = Backend.obstacle(config)
+    if obstacle is not None:
+        raise UserError("model.backend = auto", f"reference {obstacle}", "Set precision.mode=bf16.")
+    return Backend(config)

@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.config.schema import RunConfig
-from litespark.models.backends import select_backend
+from litespark.models.backends import Backend, select_backend
 from litespark.models.gpt import GPT
 from litespark.models.initialize import initialize_weights
 from litespark.models.layer_specs import block_spec
@@ -19,22 +19,27 @@ def build_chunks(config: RunConfig, core_config: TransformerConfig) -> list[GPT]
 
     Raises:
         LitesparkError: a parameter lacks a mark that megatron-core needs for right gradients.
+        UserError: the backend asked for cannot compute this configuration here.
     """
     interleaved = core_config.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(interleaved)) if interleaved else [None]
-    chunks = [_build_chunk(config, core_config, stage) for stage in stages]
+    backend = select_backend(config)
+    chunks = [_build_chunk(config, core_config, backend, stage) for stage in stages]
+    backend.policy.allocate(next(chunks[0].parameters()).device)
     initialize_weights(chunks, config.seed)
     for chunk in chunks:
         check_parameter_marks(chunk, core_config)
     return chunks
 
 
-def _build_chunk(config: RunConfig, core_config: TransformerConfig, stage: int | None) -> GPT:
-    backend = select_backend(config.model.backend)
+def _build_chunk(
+    config: RunConfig, core_config: TransformerConfig, backend: Backend, stage: int | None
+) -> GPT:
     return GPT(
         core_config,
         block_spec(backend, core_config, stage),
         config.model,
+        backend,
         virtual_stage=stage,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

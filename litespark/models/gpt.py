@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from litespark.config.schema import ModelConfig, RopeScalingConfig
+from litespark.models.backends import Backend
+from litespark.modules.parameter_hooks import run_forward_pre_hooks
+from litespark.ops.linear_cross_entropy import VocabularyShard, linear_cross_entropy
 
 
 class GPT(GPTModel):
@@ -22,6 +29,7 @@ class GPT(GPTModel):
         config: megatron-core's configuration.
         block: the layers and the final norm.
         model: the shape.
+        backend: who computes the layers, and the number formats they use.
         virtual_stage: number of the chunk under the interleaved schedule, else None.
         pre_process: holds the embedding.
         post_process: holds the final norm, LM head and loss.
@@ -33,6 +41,7 @@ class GPT(GPTModel):
         config: TransformerConfig,
         block: TransformerBlockSubmodules,
         model: ModelConfig,
+        backend: Backend,
         *,
         virtual_stage: int | None,
         pre_process: bool,
@@ -53,10 +62,58 @@ class GPT(GPTModel):
             pg_collection=groups,
         )
         self.num_real_tokens = model.vocab_size
+        self.fused_head = backend.fused_head
+        self.policy = backend.policy
         if model.rope_scaling is not None:
             # megatron-core fixes all of Llama 3's constants but the factor.
             rotary: Any = self.rotary_pos_emb
             rotary.inv_freq = scale_rope_frequencies(rotary.inv_freq, model.rope_scaling)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, labels: Any, loss_mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """What the last stage returns.
+
+        Logits [b, s, v] without labels; each token's loss, fp32 [b, s], with labels alone; and,
+        given a mask, fp32 [b, s], also the sum of mask * loss, fp32 [].
+        """
+        if not self.post_process or labels is None or loss_mask is None:
+            return super()._postprocess(
+                hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
+            )
+        if self.fused_head:
+            return self._fused_loss_sum(hidden_states, labels, loss_mask)
+        losses_bs = super()._postprocess(
+            hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
+        )
+        return (losses_bs.float() * loss_mask).sum()
+
+    def _fused_loss_sum(self, hidden_sbh: Tensor, labels_bs: Tensor, mask_bs: Tensor) -> Tensor:
+        group: Any = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_sbh = gather_from_sequence_parallel_region(hidden_sbh, group=group)
+        else:
+            hidden_sbh = copy_to_tensor_model_parallel_region(hidden_sbh, group=group)
+        run_forward_pre_hooks(self.output_layer)
+        weight_vh: Any = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        loss_sum, _ = linear_cross_entropy(
+            hidden_sbh.flatten(0, 1),
+            weight_vh,
+            labels_bs.t().flatten(),
+            mask_bs.t().flatten(),
+            self._vocabulary_shard(weight_vh.size(0)),
+        )
+        return loss_sum
+
+    def _vocabulary_shard(self, num_rows: int) -> VocabularyShard:
+        group: Any = self.pg_collection.tp
+        first = group.rank() * num_rows
+        num_real = min(max(self.num_real_tokens - first, 0), num_rows)
+        return VocabularyShard(first_token=first, num_real=num_real, group=group)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of each token, fp32 [b, s]; padding columns take no probability.
@@ -68,8 +125,7 @@ class GPT(GPTModel):
     def mask_padding(self, logits_sbv: Tensor) -> Tensor:
         """The vocabulary-parallel logits [s, b, v_local] with padding columns at -inf."""
         local = logits_sbv.size(-1)
-        first = self.pg_collection.tp.rank() * local
-        num_real = min(max(self.num_real_tokens - first, 0), local)
+        num_real = self._vocabulary_shard(local).num_real
         if num_real == local:
             return logits_sbv
         is_padding_v = torch.arange(local, device=logits_sbv.device) >= num_real

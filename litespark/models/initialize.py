@@ -48,7 +48,7 @@ def named_parameters_globally(chunk: GPT) -> Iterator[tuple[str, torch.nn.Parame
 
 def _fill(chunk: GPT, name: str, parameter: torch.nn.Parameter, seed: int) -> None:
     config = chunk.config
-    if name.endswith(("norm.weight",)) and parameter.dim() == 1:
+    if name.endswith(("norm.weight", "layer_norm_weight")) and parameter.dim() == 1:
         parameter.fill_(1.0)
         return
     if parameter.dim() != 2:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litespark.config.schema import RunConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -54,11 +54,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
-        transformer_impl="local",
         # With bf16 parameters the fused loss rounds its gradient to bf16: off, in all formats.
         cross_entropy_loss_fusion=False,
         **_pipeline_options(config),
         **_recompute_options(config),
+        **_transformer_engine_options(config),
     )
 
 
@@ -91,3 +91,24 @@ def _recompute_options(config: RunConfig) -> dict[str, Any]:
     if config.training.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _transformer_engine_options(config: RunConfig) -> dict[str, Any]:
+    """megatron-core drives Transformer Engine's FP8 itself; Litespark's blocks drive their own."""
+    if config.model.backend != "te":
+        return {"transformer_impl": "local"}
+    options: dict[str, Any] = {"transformer_impl": "transformer_engine"}
+    precision = config.precision
+    if precision.mode == "fp8":
+        first, last = precision.bf16_first_layers, precision.bf16_last_layers
+        options |= {
+            "fp8": "hybrid" if precision.recipe != "blockwise" else "e4m3",
+            "fp8_recipe": precision.recipe,
+            "fp8_margin": precision.margin,
+            "fp8_amax_history_len": precision.amax_history_steps,
+            "fp8_amax_compute_algo": "max",
+            "first_last_layers_bf16": first + last > 0,
+            "num_layers_at_start_in_bf16": first,
+            "num_layers_at_end_in_bf16": last,
+        }
+    return options

@@ -53,7 +53,13 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
         }
         parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
         parts = get_batch_on_this_cp_rank(parts)
-        output = model(parts["tokens"], parts["position_ids"], None, labels=parts["labels"])
+        output = model(
+            parts["tokens"],
+            parts["position_ids"],
+            None,
+            labels=parts["labels"],
+            loss_mask=parts["loss_mask"],
+        )
         return output, partial(token_sum, parts["loss_mask"])
 
     return forward_step
@@ -63,9 +69,8 @@ def _no_loss_here(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     raise LitesparkError("the schedule asked a stage without labels for its loss")
 
 
-def token_sum(loss_mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the losses where the mask is 1, the number of such tokens, and both for reports."""
-    loss_sum = (losses_bs.float() * loss_mask_bs).sum()
+def token_sum(loss_mask_bs: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The sum of the losses where the mask is 1, the number of such tokens, and both to report."""
     num_tokens = loss_mask_bs.sum()
     report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
     return loss_sum, num_tokens.to(torch.int), {"loss_and_tokens": report}

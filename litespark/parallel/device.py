@@ -64,3 +64,16 @@ def select_device(local_rank: int, local_world_size: int) -> ComputeDevice:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cores() // local_world_size))
     return ComputeDevice("cpu", torch.device("cpu"), "gloo")
+
+
+def cudnn_version() -> str | None:
+    """The version of cuDNN that torch uses; None without cuDNN.
+
+    torch refuses to tell when another package has loaded an older one before it (Transformer Engine
+    loads the system's); then the refusal itself is what distinguishes this machine.
+    """
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return str(error).split(". ")[0]
+    return None if version is None else str(version)

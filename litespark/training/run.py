@@ -10,6 +10,7 @@ from litespark.models.layer_specs import slot_table
 from litespark.parallel.groups import stop_process_group
 from litespark.training.hooks.checkpointing import Checkpointing
 from litespark.training.hooks.evaluation import Evaluation
+from litespark.training.hooks.fp8_guard import Fp8Guard
 from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
 from litespark.training.hooks.nan_guard import NanGuard
 from litespark.training.hooks.signals import StopOnSignal
@@ -49,6 +50,8 @@ def build_hooks(run: TrainingRun) -> list[Hook]:
     writer = MetricsWriter(run)
     checkpointing = Checkpointing()
     hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing]
+    if run.config.precision.mode == "fp8":
+        hooks.insert(2, Fp8Guard())
     hooks.append(StopOnSignal(checkpointing.save))
     if run.config.resilience.stop_on_nan:
         hooks.insert(0, NanGuard())
@@ -68,6 +71,6 @@ def _announce(run: TrainingRun) -> None:
         ", sequence parallel" if config.parallel.sequence else "",
         ", distributed optimizer" if config.parallel.distributed_optimizer else "",
     )
-    backend = select_backend(config.model.backend)
+    backend = select_backend(config)
     for slot, module in slot_table(backend):
         logger.info("  %-24s %-24s %s", slot, module, backend.name)

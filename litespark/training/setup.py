@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -18,25 +18,21 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.load import load_checkpoint
-from litespark.checkpoint.sharded import check_readable
+from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
-from litespark.data.loader import BatchLoader
+from litespark.data.loader import BatchLoader, SampleSource
 from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.language_modelling import language_modelling_step
 from litespark.parallel.groups import (
+    Process,
     gather_objects,
     start_model_parallel,
     start_process_group,
@@ -44,10 +40,11 @@ from litespark.parallel.groups import (
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
+from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
-from megatron_patches import apply_patches
+from megatron_patches import applied_patches, apply_patches
 
 logger = logging.getLogger("litespark.training")
 T = TypeVar("T")
@@ -59,47 +56,64 @@ def set_up(config: RunConfig) -> TrainingRun:
     Raises:
         UserError: on every rank alike, whichever rank found the mistake.
     """
-    timeout_seconds = config.resilience.collective_timeout_seconds
-    # One hardware queue keeps the order in which kernels and collectives were launched, which is
-    # how megatron-core overlaps them; it is read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    process = start_process_group(timeout_seconds)
-    patches = apply_patches(process.device.type)
+    process = start_processes(config)
     checked = on_all_ranks(lambda: preflight(config, process.world_size))
-    logger.info("%d patches to megatron-core, see megatron_patches/README.md", len(patches))
-    start_model_parallel(config.parallel, timeout_seconds)
-    seed_all(config.seed)
-    core_config = transformer_config(config)
-    chunks = _build_model(config, core_config)
-    optimizer = _build_optimizer(config, chunks)
-    _connect(config, core_config, chunks, optimizer)
-    layout = RankLayout.of(config.parallel, process.world_size)
-    run = TrainingRun(
-        config=config,
-        process=process,
-        layout=layout,
-        core_config=core_config,
-        chunks=chunks,
-        optimizer=optimizer,
-        forward_step=language_modelling_step(process.device.device),
-        train_batches=None,
-        validation=checked.validation,
-        reads_tokens=_reads_tokens(),
-    )
+    run = build_run(config, process)
+    run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
     _resume(run, checked)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
     if run.reads_tokens:
-        run.train_batches = BatchLoader(
-            checked.train,
-            micro_batch_size=config.batch.micro,
-            global_batch_size=config.batch.global_,
-            data_parallel_rank=layout.coordinates(process.rank).data,
-            data_parallel_size=layout.data,
-            consumed_samples=run.consumed_samples,
-        )
+        run.train_batches = batch_loader(run, checked.train)
     return run
+
+
+def start_processes(config: RunConfig) -> Process:
+    """Join the process group and apply the patches to megatron-core that this device needs."""
+    # One hardware queue keeps the order in which kernels and collectives were launched, which is
+    # how megatron-core overlaps them; it is read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    process = start_process_group(config.resilience.collective_timeout_seconds)
+    apply_patches(process.device.type)
+    return process
+
+
+def build_run(config: RunConfig, process: Process) -> TrainingRun:
+    """A checked configuration's groups, model and optimizer; no data yet, and initial weights."""
+    logger.info(
+        "%d patches to megatron-core, see megatron_patches/README.md", len(applied_patches())
+    )
+    start_model_parallel(config.parallel, config.resilience.collective_timeout_seconds)
+    seed_all(config.seed)
+    core_config = transformer_config(config)
+    chunks = _build_model(config, core_config)
+    optimizer = build_optimizer(config, chunks)
+    _connect(config, core_config, chunks, optimizer)
+    return TrainingRun(
+        config=config,
+        process=process,
+        layout=RankLayout.of(config.parallel, process.world_size),
+        core_config=core_config,
+        chunks=chunks,
+        optimizer=optimizer,
+        forward_step=language_modelling_step(process.device.device),
+        train_batches=None,
+        validation=None,
+        reads_tokens=_reads_tokens(),
+    )
+
+
+def batch_loader(run: TrainingRun, samples: SampleSource) -> BatchLoader:
+    """This rank's share of the global batches, from the first sample that is not consumed yet."""
+    return BatchLoader(
+        samples,
+        micro_batch_size=run.config.batch.micro,
+        global_batch_size=run.config.batch.global_,
+        data_parallel_rank=run.layout.coordinates(run.process.rank).data,
+        data_parallel_size=run.layout.data,
+        consumed_samples=run.consumed_samples,
+    )
 
 
 def on_all_ranks(check: Callable[[], T]) -> T:
@@ -162,28 +176,6 @@ def _build_model(
     ]
 
 
-def _build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    adam = config.optimizer
-    optimizer_config = OptimizerConfig(
-        optimizer="adam",
-        decoupled_weight_decay=True,
-        lr=adam.lr,
-        min_lr=config.schedule.min_lr,
-        weight_decay=adam.weight_decay,
-        adam_beta1=adam.beta1,
-        adam_beta2=adam.beta2,
-        adam_eps=adam.epsilon,
-        clip_grad=adam.clip_grad,
-        bf16=config.precision.mode == "bf16",
-        params_dtype=chunks[0].config.params_dtype,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    # Without the overrides megatron-core decays the norms as well.
-    overrides = get_standard_config_overrides(optimizer_config)
-    return get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)  # type: ignore[arg-type]
-
-
 def _connect(
     config: RunConfig,
     core_config: TransformerConfig,
@@ -195,13 +187,25 @@ def _connect(
     def one_or_all(functions: list[Callable]) -> Callable | list[Callable]:
         return functions if len(functions) > 1 else functions[0]
 
-    core_config.finalize_model_grads_func = finalize_model_grads
+    core_config.finalize_model_grads_func = _finalizing(chunks)
     core_config.grad_scale_func = optimizer.scale_loss
     core_config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])  # type: ignore[assignment]
     if config.parallel.overlap_grad_reduce:
         core_config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])  # type: ignore[assignment]
     if config.parallel.overlap_param_gather:
         core_config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])  # type: ignore[assignment]
+
+
+def _finalizing(chunks: list[DistributedDataParallel]) -> Callable[..., None]:
+    """What runs after the last backward of a step: gradients are reduced, FP8 scales agreed."""
+    policy = bare_model(chunks[0]).policy
+    sharing: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(*args, **kwargs)
+        policy.end_step(sharing)
+
+    return finalize
 
 
 def _reads_tokens() -> bool:
@@ -221,6 +225,8 @@ def _resume(run: TrainingRun, checked: Preflight) -> None:
         error.on_every_rank = True  # torch's checkpoint reader tells all ranks of a fault of one
         raise
     run.step, run.consumed_samples = state.step, state.consumed_samples
+    run.policy.load_state(state.fp8_scales)
+    run.policy.moved_layers = set(state.bf16_layers)
     detail = f"{run.layout.describe()}, from {checked.checkpoint.name}"
     run.record_event("resumed", detail)
     if run.process.is_first:

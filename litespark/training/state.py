@@ -12,9 +12,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
 from litespark.data.blend import Blend
 from litespark.data.loader import BatchLoader
+from litespark.fp8.policy import PrecisionPolicy
 from litespark.objectives.language_modelling import ForwardStep
 from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
@@ -61,6 +63,11 @@ class TrainingRun:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.run.output_dir)
+
+    @property
+    def policy(self) -> PrecisionPolicy:
+        """The number formats of this rank's layers, and their scales."""
+        return bare_model(self.chunks[0]).policy
 
     def record_event(self, event: str, detail: str) -> None:
         """Append a line to the run's `events.jsonl`; only the first rank writes."""

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from litespark.data.loader import Batch, BatchLoader
+from litespark.data.loader import Batch, BatchLoader, SampleSource
 from litespark.training.schedule import learning_rate
 from litespark.training.state import TrainingRun
 
@@ -61,6 +61,27 @@ def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> f
         for chunk in run.chunks:
             chunk.train()
     return mean_loss(total)
+
+
+def evaluate_samples(run: TrainingRun, samples: SampleSource | None, num_steps: int) -> float:
+    """Mean loss over the first `num_steps` global batches of `samples`, the same every time."""
+    batches = None
+    if run.reads_tokens and samples is not None:
+        batches = BatchLoader(
+            samples,
+            micro_batch_size=run.config.batch.micro,
+            global_batch_size=run.config.batch.global_,
+            data_parallel_rank=run.layout.coordinates(run.process.rank).data,
+            data_parallel_size=run.layout.data,
+            max_samples=num_steps * run.config.batch.global_,
+        )
+    waited = run.timings.data_wait_seconds
+    try:
+        return evaluate(run, batches, num_steps)
+    finally:
+        run.timings.data_wait_seconds = waited  # reported for training only
+        if batches is not None:
+            batches.close()
 
 
 def mean_loss(loss_and_tokens: Tensor) -> float:

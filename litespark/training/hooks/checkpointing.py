@@ -9,6 +9,7 @@ from litespark.checkpoint.folder import prune_checkpoints, remove_leftovers, set
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.save import save_checkpoint
 from litespark.config.load import dump_config
+from litespark.parallel.groups import gather_objects
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome, parameters_synchronised
@@ -50,6 +51,8 @@ class Checkpointing(Hook):
             run.layout,
             step=run.step,
             consumed_samples=run.consumed_samples,
+            fp8_scales=_fp8_scales(run),
+            bf16_layers=sorted(run.policy.moved_layers),
         )
         checkpoints = run.folder / "checkpoints"
         with parameters_synchronised(run.chunks):
@@ -62,3 +65,13 @@ class Checkpointing(Hook):
         self.saved_step = run.step
         run.timings.checkpoint_seconds += time.perf_counter() - started
         run.record_event("checkpoint", folder.name)
+
+
+def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:
+    """The delayed scales of all pipeline stages; ranks beside each other have the same."""
+    if run.config.precision.mode != "fp8":
+        return {}
+    place = run.layout.coordinates(run.process.rank)
+    speaks = place.tensor == place.context == place.data == 0
+    parts = gather_objects(run.policy.state() if speaks else {})
+    return {name: values for part in parts for name, values in part.items()}

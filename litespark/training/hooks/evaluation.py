@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from litespark.data.loader import BatchLoader
 from litespark.training.hooks.metrics import MetricsWriter
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
-from litespark.training.step import StepOutcome, evaluate
+from litespark.training.step import StepOutcome, evaluate_samples
 
 
 class Evaluation(Hook):
@@ -28,22 +27,6 @@ class Evaluation(Hook):
             self._evaluate(run)
 
     def _evaluate(self, run: TrainingRun) -> None:
-        batches = None
-        if run.reads_tokens and run.validation is not None:
-            batches = BatchLoader(
-                run.validation,
-                micro_batch_size=run.config.batch.micro,
-                global_batch_size=run.config.batch.global_,
-                data_parallel_rank=run.layout.coordinates(run.process.rank).data,
-                data_parallel_size=run.layout.data,
-                max_samples=run.config.training.eval_steps * run.config.batch.global_,
-            )
-        waited = run.timings.data_wait_seconds
-        try:
-            loss = evaluate(run, batches, run.config.training.eval_steps)
-        finally:
-            if batches is not None:
-                batches.close()
-        run.timings.data_wait_seconds = waited  # reported for training only
+        loss = evaluate_samples(run, run.validation, run.config.training.eval_steps)
         self.evaluated_step = run.step
         self.writer.write_validation(run, loss)

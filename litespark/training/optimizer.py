@@ -1,0 +1,275 @@
+"""The optimizer: megatron-core's, around one fused AdamW kernel where there is a GPU.
+
+megatron-core decides which rank owns which part of a weight, sums gradients, gathers weights and
+writes checkpoints; all of that stays.  Three passes over memory become one: around the update of
+the fp32 masters it multiplies every gradient by the clipping factor, and copies the masters into
+the bf16 model.  The kernel (`litespark/ops/adamw.py`) does both on the way, and the factor is
+computed on the device, so that the host never waits between the norm and the update.
+
+How it plugs in: megatron-core builds its optimizers as always; before any state exists, the Adam
+inside each of them is replaced by `FusedAdamW` over the same groups, and the chain of optimizers
+by `FusedOptimizer`, whose `step` differs in the norm and the clipping alone.
+
+Checkpoints.  Adams differ in where they count steps: torch's in the state of each parameter,
+Transformer Engine's in the group.  `FusedAdamW` counts in the group, and reads and writes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    MixedPrecisionOptimizer,
+)
+from torch import Tensor
+
+from litespark.config.schema import RunConfig
+from litespark.ops.adamw import AdamWOptions, adamw_step
+from litespark.ops.global_norm import sum_of_squares
+
+
+def build_optimizer(
+    config: RunConfig, chunks: list[DistributedDataParallel], *, fused: bool | None = None
+) -> MegatronOptimizer:
+    """megatron-core's optimizer of all chunks; all ranks call it together.
+
+    `fused` says whether to use the fused step, which elsewhere than on a GPU computes through its
+    reference; None is the choice for training: on a GPU yes, else torch's or whichever Adam
+    megatron-core finds.
+    """
+    adam = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        decoupled_weight_decay=True,
+        lr=adam.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=adam.weight_decay,
+        adam_beta1=adam.beta1,
+        adam_beta2=adam.beta2,
+        adam_eps=adam.epsilon,
+        clip_grad=adam.clip_grad,
+        bf16=chunks[0].config.bf16,
+        params_dtype=chunks[0].config.params_dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    # Without the overrides megatron-core decays the norms as well.
+    overrides = get_standard_config_overrides(optimizer_config)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)  # type: ignore[arg-type]
+    device = next(chunks[0].parameters()).device
+    if fused is None:
+        fused = device.type == "cuda"
+    if not fused:
+        return optimizer
+    assert isinstance(optimizer, ChainedOptimizer), "as all are but that of Megatron-FSDP"
+    return FusedOptimizer(optimizer.chained_optimizers, device, adam.clip_grad)
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` in one kernel a parameter, which also clips and writes the model's copy.
+
+    Source: Loshchilov and Hutter 2019, algorithm 2.
+
+    Args:
+        param_groups: groups as another Adam keeps them, with its options; taken over, not copied.
+        weight_of: the model's weight of each master, of the same elements and shape; masters that
+            are the model's weights themselves are not in it.
+        step_per_parameter: whether states that are saved and loaded also have a `step` for each
+            parameter, as torch's AdamW does; where they have, it is what counts.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        weight_of: dict[Tensor, Tensor],
+        *,
+        step_per_parameter: bool,
+    ) -> None:
+        # The base refuses views, which the masters of fp32 models are under the distributed
+        # optimizer, so it is given an empty group and the real ones are put in its place.
+        super().__init__([{"params": []}], defaults={})
+        self.param_groups = param_groups
+        self.weight_of = weight_of
+        self.step_per_parameter = step_per_parameter
+        self.grad_multiplier: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override] - takes no closure
+        """Update every parameter that has a gradient; gradients count times `grad_multiplier`."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            options = AdamWOptions(
+                lr=group["lr"],
+                betas=group["betas"],
+                epsilon=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=group["step"],
+            )
+            for master in group["params"]:
+                if master.grad is None:
+                    continue
+                state = self.state[master]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(master)
+                adamw_step(
+                    *(master, master.grad, state["exp_avg"], state["exp_avg_sq"], options),
+                    weight=self.weight_of.get(master),
+                    multiplier=self.grad_multiplier,
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as another Adam has it, with or without an fp32 `step` for each parameter."""
+        packed = super().state_dict()
+        if not self.step_per_parameter:
+            return packed
+        steps = {
+            index: float(group.get("step", 0))
+            for group in packed["param_groups"]
+            for index in group["params"]
+        }
+        packed["state"] = {
+            index: {**state, "step": torch.tensor(steps[index])}
+            for index, state in packed["state"].items()
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of any Adam; all parameters have made the same number of steps."""
+        super().load_state_dict(state_dict)
+        counts = [group["step"] for group in self.param_groups if "step" in group]
+        if self.step_per_parameter:
+            # First, because torch's AdamW carries along a `step` it finds in a group as it is.
+            counts = [each["step"] for each in self.state.values() if "step" in each] or counts
+        step = max((int(count) for count in counts), default=0)
+        for group in self.param_groups:
+            group["step"] = step
+
+
+class FusedOptimizer(ChainedOptimizer):
+    """megatron-core's optimizers with the Adam inside each replaced by `FusedAdamW`.
+
+    Functions in `after_step` are called at the end of each step, when the update and the gathering
+    of weights have been launched.  With `overlap_param_gather` the weights of other data-parallel
+    ranks arrive later, before the forward pass that needs them.
+    """
+
+    def __init__(
+        self, optimizers: list[MegatronOptimizer], device: torch.device, clip_grad: float
+    ) -> None:
+        super().__init__(optimizers)
+        self.device = device
+        self.clip_grad = clip_grad
+        self.after_step: list[Callable[[], None]] = []
+        self.adams = [_put_in(each) for each in optimizers if each.optimizer is not None]
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, None] | tuple[Literal[False], None, None]:
+        """Update the weights; whether that was done, the gradients' norm, and None.
+
+        The norm is the one before clipping, the same number on all ranks.
+        """
+        if self.prepare_grads():
+            return False, None, None
+        norm = self._norm_on_device()
+        read_norm = _start_reading(norm)
+        for adam in self.adams:
+            adam.grad_multiplier = _clipping_factor(norm, self.clip_grad)
+        success = self.step_with_ready_grads()
+        for function in self.after_step:
+            function()
+        return success, read_norm(), None
+
+    def _norm_on_device(self) -> Tensor:
+        """Norm of all gradients, each counted once; fp64 [1].
+
+        Which gradients this rank counts, and over which ranks they are summed, is megatron-core's.
+        """
+        grads: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for optimizer in self.chained_optimizers:
+            group = optimizer.get_grad_stats_parallel_group()
+            grads.setdefault(group, []).extend(optimizer.get_main_grads_for_grad_norm())
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for group, grads_of_group in grads.items():
+            squares = sum_of_squares(grads_of_group, self.device)
+            dist.all_reduce(squares, group=group)
+            total += squares
+        return total.sqrt()
+
+
+def _put_in(optimizer: MegatronOptimizer) -> FusedAdamW:
+    """Replace the Adam inside one of megatron-core's optimizers, and the copy into the model."""
+    adam = FusedAdamW(
+        optimizer.optimizer.param_groups,
+        dict(_masters_and_weights(optimizer)),
+        step_per_parameter=_saves_step_per_parameter(optimizer),
+    )
+    optimizer.optimizer = adam
+    if isinstance(optimizer, MixedPrecisionOptimizer):
+        # fp32 masters are views of the model; upstream would copy those onto themselves.
+        optimizer._copy_main_params_to_model_params = _is_done_by_the_kernel  # type: ignore[method-assign]
+    return adam
+
+
+def _saves_step_per_parameter(optimizer: MegatronOptimizer) -> bool:
+    """False for upstream's distributed optimizer where it finds Transformer Engine's Adam."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return not distrib_optimizer.HAVE_APEX_OR_TE
+    return True
+
+
+def _is_done_by_the_kernel() -> None:
+    """In place of the copy from the masters into the model."""
+
+
+def _masters_and_weights(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each fp32 master of this rank with the part of the model's weight that it stands for."""
+    if isinstance(optimizer, DistributedOptimizer):
+        masters, weights = optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        masters, weights = optimizer.fp32_from_float16_groups, optimizer.float16_groups
+    else:
+        return
+    yield from zip(chain(*masters), chain(*weights), strict=True)
+
+
+def _clipping_factor(norm: Tensor, largest: float) -> Tensor | None:
+    """What gradients are multiplied by, fp32 [1]; None where there is no clipping.
+
+    A norm that is not a number clips nothing, as in megatron-core.
+    """
+    if largest <= 0:
+        return None
+    factor = largest / (norm + 1e-6)
+    return torch.where(factor < 1, factor, 1.0).float()
+
+
+def _start_reading(value: Tensor) -> Callable[[], float]:
+    """Copy a number to the host in the background; what returns it waits for nothing later."""
+    if not value.is_cuda:
+        return lambda: float(value)
+    on_host = torch.empty(1, dtype=value.dtype, pin_memory=True)
+    on_host.copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return float(on_host)
+
+    return read

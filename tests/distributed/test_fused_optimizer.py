@@ -1,0 +1,252 @@
+"""Training with `FusedAdamW`, through its reference, against megatron-core's own step.
+
+Both do the same arithmetic in fp32 in the same order, but for the norm, which is summed in fp32
+upstream and in fp64 here.  So the clipping factor and every gradient differ by 2^-24 or so.  Adam
+divides a gradient by its own size: of that, 2^-24 of a step stays, far below 1e-6 of the loss or
+of a weight in ten steps.  In bf16 a master that moves by so little is now and then rounded to
+another bf16 number, 2^-8 away.  There, megatron-core's step is given the norm in fp64 too, and then
+nothing may differ in a single bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from tests.support.runs import config_tree, write_shard
+from tests.support.spawn import run_distributed
+
+pytestmark = pytest.mark.distributed
+
+CLIPPED = ["optimizer.clip_grad=0.1"]
+BF16 = ["precision.mode=bf16"]
+REPLICATED = ["parallel.distributed_optimizer=false"]
+EXACT = "stock, norm in fp64"
+TIED = ["model.tie_embeddings=true"]
+
+LAYOUTS = {
+    "single": (1, []),
+    "single, replicated": (1, REPLICATED),
+    "DP2": (2, []),
+    "DP2 replicated": (2, REPLICATED),
+    "DP2 overlapped": (
+        2,
+        ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "TP2 replicated": (2, ["parallel.tensor=2", *REPLICATED]),
+    "PP2 tied": (2, ["parallel.pipeline=2", *TIED]),
+    "PP2 tied replicated": (2, ["parallel.pipeline=2", *TIED, *REPLICATED]),
+    "PP2 interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("fused")
+    shard = write_shard(folder / "tokens")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
+    return str(path)
+
+
+def _norm_in_fp64(grads: list[torch.Tensor], norm_type: int = 2, *, grad_stats_parallel_group: Any):
+    """Stands for `get_grad_norm_fp32`."""
+    assert norm_type == 2
+    total = torch.zeros(1, dtype=torch.float64)
+    for grad in grads:
+        total += grad.double().square().sum()
+    dist.all_reduce(total, group=grad_stats_parallel_group)
+    return total.item() ** 0.5
+
+
+def _set_up(config_path: str, overrides: list[str], adam: str) -> Any:
+    """A run with the stock optimizer, the fused one, or that one as beside Transformer Engine."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    from litespark.config import load_config
+    from litespark.training import setup
+    from litespark.training.optimizer import FusedOptimizer, build_optimizer
+
+    if adam == "fused beside TE":
+        # What megatron-core sets where it finds Transformer Engine: steps are counted in groups.
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_TE_OPTIMIZER = True
+    if adam == "stock, norm in fp64":
+        optimizer.get_grad_norm_fp32 = _norm_in_fp64
+    is_fused = adam.startswith("fused")
+    setup.build_optimizer = functools.partial(build_optimizer, fused=is_fused)
+    run = setup.set_up(load_config(config_path, overrides))
+    assert isinstance(run.optimizer, FusedOptimizer) == is_fused
+    return run
+
+
+def train_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str], adam: str, *steps: int
+) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
+    """Train to the end, or to step `steps[0]` and save; losses, norms, and this rank's weights."""
+    from litespark.checkpoint.sharded import bare_model
+    from litespark.training.hooks.checkpointing import Checkpointing
+    from litespark.training.step import mean_loss, parameters_synchronised, train_step
+
+    run = _set_up(config_path, overrides, adam)
+    history = []
+    while run.step < (steps[0] if steps else run.total_steps):
+        outcome = train_step(run)
+        history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
+    if steps:
+        Checkpointing().save(run)
+    with parameters_synchronised(run.chunks):
+        weights = {
+            f"{number}.{name}": parameter.detach().float().numpy().copy()
+            for number, chunk in enumerate(run.chunks)
+            for name, parameter in bare_model(chunk).named_parameters()
+        }
+    if run.train_batches is not None:
+        run.train_batches.close()
+    return history, weights
+
+
+def train(config_path: str, layout: str, overrides: list[str], *arguments: Any) -> list[Any]:
+    world_size, of_layout = LAYOUTS[layout]
+    return run_distributed(
+        train_rank, world_size, config_path, [*of_layout, *overrides], *arguments
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_steps_equal_stock_steps(layout, config_path):
+    for (expected, expected_weights), (found, weights) in zip(
+        train(config_path, layout, CLIPPED, "stock"),
+        train(config_path, layout, CLIPPED, "fused"),
+        strict=True,
+    ):
+        assert len(found) == 10
+        for (loss, norm), (wanted_loss, wanted_norm) in zip(found, expected, strict=True):
+            assert wanted_norm > 0.1, "nothing was clipped"
+            assert loss == pytest.approx(wanted_loss, rel=1e-6)
+            assert norm == pytest.approx(wanted_norm, rel=1e-6)
+        for name, wanted in expected_weights.items():
+            np.testing.assert_allclose(weights[name], wanted, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "layout", ["DP2", "DP2 replicated", "DP2 overlapped", "TP2 replicated", "PP2 tied"]
+)
+def test_bf16_weights_are_those_of_the_stock_step(layout, config_path):
+    options = [*BF16, *CLIPPED]
+    for (expected, expected_weights), (found, weights) in zip(
+        train(config_path, layout, options, EXACT),
+        train(config_path, layout, options, "fused"),
+        strict=True,
+    ):
+        assert min(norm for _, norm in expected) > 0.1, "nothing was clipped"
+        assert_bits_equal(found, weights, expected, expected_weights)
+
+
+@pytest.mark.parametrize("adam", ["fused", "fused beside TE"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["DP2", "DP2 replicated"])
+def test_checkpoints_go_from_one_adam_to_another(layout, precision, adam, config_path, tmp_path):
+    """Stock to step 3, fused to step 6, stock to step 10: as ten steps of the stock optimizer."""
+    options = [f"precision.mode={precision}", *CLIPPED]
+    target = [*options, f"run.output_dir={tmp_path / 'run'}"]
+    expected, expected_weights = train(config_path, layout, options, EXACT)[0]
+    history = train(config_path, layout, target, EXACT, 3)[0][0]
+    history += train(config_path, layout, target, adam, 6)[0][0]
+    last, weights = train(config_path, layout, target, EXACT)[0]
+    assert len(last) == 4
+    assert_bits_equal(history + last, weights, expected, expected_weights)
+
+
+def assert_bits_equal(found, weights, expected, expected_weights):
+    assert [loss for loss, _ in found] == [loss for loss, _ in expected]
+    assert weights.keys() == expected_weights.keys()
+    for name, wanted in expected_weights.items():
+        np.testing.assert_array_equal(weights[name], wanted, err_msg=name)
+
+
+def _parameters_with_gradients(number):
+    generator = torch.Generator().manual_seed(number)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (5,))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def _fused(groups, **arguments):
+    from litespark.training.optimizer import FusedAdamW
+
+    return FusedAdamW(groups, {}, **{"step_per_parameter": True, **arguments})
+
+
+def test_steps_are_read_from_and_written_for_any_adam():
+    """Torch counts in each parameter's state, Transformer Engine in the group."""
+    torchs = torch.optim.AdamW(_parameters_with_gradients(0), lr=0.1)
+    for _ in range(3):
+        torchs.step()
+    saved = deepcopy(torchs.state_dict())  # a load does not copy
+    saved["param_groups"][0]["step"] = 1  # as left by an earlier load
+    own = _parameters_with_gradients(0)
+    fused = _fused(torch.optim.AdamW(own, lr=0.1).param_groups)
+    with torch.no_grad():
+        for mine, theirs in zip(own, torchs.param_groups[0]["params"], strict=True):
+            mine.copy_(theirs)
+    fused.load_state_dict(saved)
+    assert fused.param_groups[0]["step"] == 3
+    fused.step()
+    torchs.step()
+    assert all(map(torch.equal, own, torchs.param_groups[0]["params"]))
+
+    written = deepcopy(fused.state_dict())
+    assert written["param_groups"][0]["step"] == 4
+    assert [state["step"].item() for state in written["state"].values()] == [4, 4]
+    torchs.load_state_dict(written)
+    fused.step()
+    torchs.step()
+    assert all(map(torch.equal, own, torchs.param_groups[0]["params"]))
+
+    for state in written["state"].values():
+        del state["step"]
+    for step_per_parameter in (False, True):
+        other = _fused(
+            torch.optim.AdamW(own, lr=0.1).param_groups, step_per_parameter=step_per_parameter
+        )
+        other.load_state_dict(written)
+        assert other.param_groups[0]["step"] == 4
+        has_step = ["step" in state for state in other.state_dict()["state"].values()]
+        assert has_step == [step_per_parameter] * 2
+
+
+def test_parameters_without_a_gradient_stay():
+    parameters = _parameters_with_gradients(0)
+    parameters[1].grad = None
+    _fused(torch.optim.AdamW(parameters, lr=0.1).param_groups).step()
+    assert (parameters[0] != 1).all()
+    assert (parameters[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("norm", "factor"),
+    [(0.0, 1.0), (0.5, 1.0), (4.0, 0.25), (float("inf"), 0.0), (float("nan"), 1.0)],
+)
+def test_clipping_factor(norm, factor):
+    from litespark.training.optimizer import _clipping_factor
+
+    found = _clipping_factor(torch.tensor([norm], dtype=torch.float64), 1.0)
+    assert found is not None
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(factor, abs=1e-6)
+
+
+def test_no_clipping():
+    from litespark.training.optimizer import _clipping_factor
+
+    assert _clipping_factor(torch.ones(1), 0.0) is None
