@@ -146,7 +146,7 @@ def to_fp8(values, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr) -> Any:
         bits = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;",
             "=r,r",
-            [scaled.to(DTYPE).to(tl.uint8, bitcast=True)],
+            [scaled.to(DTYPE).to(tl.uint8, bitcast=True)],  # type: ignore[arg-type] - a type
             dtype=tl.uint8,
             is_pure=False,
             pack=4,

@@ -16,12 +16,17 @@ _NOISE = (
     "Please use DTensor instead",
     "If you are using transformer_engine as the transformer implementation",
 )
+# The same, through logging: logger and text.  A subclass of megatron-core's MLP is "unknown" to it.
+_LOGGED_NOISE = {"megatron.core.transformer.transformer_layer": "Unknown MLP type"}
 
 
 def quiet_upstream() -> None:
     """Silence the known warnings of megatron-core and torch; new ones still show."""
     for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=f".*{pattern}")
+    for name, text in _LOGGED_NOISE.items():
+        logger = logging.getLogger(name)
+        logger.filters = [lambda record, text=text: text not in record.getMessage()]
 
 
 def set_up_logging(is_first_rank: bool) -> None:

@@ -66,15 +66,17 @@ def test_bf16_equals_the_reference_within_its_rounding(config_path):
 def test_fp8_learns_as_bf16_does(recipe, config_path):
     """E4M3 rounds each operand by at most 2^-4 of itself, in random directions.
 
-    A product of 64 terms is then off by about 2^-4 / sqrt(3) / sqrt(64) of its size in each of
-    about 30 products one after the other: 2.5 % of the logits, whose effect on a mean over 256
-    tokens is of second order, below 1 % of the loss.
+    A product of 64 terms is then off by about 2^-4 / sqrt(3) / sqrt(64) = 0.5 % of its size, and
+    about 30 of them one after the other by 2.5 %.  The logits' effect on the loss is of first order
+    in each token and random in sign: over 256 tokens 2.5 % / sqrt(256) = 0.16 % of what the logits
+    move the loss by, here a few percent of it.  2e-3 bounds that with room (measured: 1.6e-4), and
+    weights that are quantised once and never again, a fault that was made, are 1.3e-2 off.
     """
     expected = run_distributed(train_rank, 1, config_path, ["precision.mode=bf16"])[0]
     found = run_distributed(train_rank, 1, config_path, [*FP8, f"precision.recipe={recipe}"])[0]
     assert found != expected, "nothing was computed in FP8"
     for (loss, norm), (wanted, wanted_norm) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-2)
+        assert loss == pytest.approx(wanted, rel=2e-3)
         assert norm == pytest.approx(wanted_norm, rel=0.1)
     assert found[-1][0] < 0.98 * found[0][0], "does not learn"
 
@@ -85,17 +87,15 @@ def test_fp8_learns_as_bf16_does(recipe, config_path):
 def test_fp8_layouts_agree(name, config_path):
     """Scales are shared by all ranks, except of weights, where each rank scales its own part.
 
-    So the numbers differ by FP8's rounding of weights, 2^-4 at random: as above, below 1 %; the
-    first step, before any update could carry a fault further, stays within 0.3 %.
+    So the numbers differ by FP8's rounding of weights, 2^-4 at random: the bound is as above.
     """
     world_size, overrides = LAYOUTS[name]
     expected = run_distributed(train_rank, 1, config_path, FP8)[0]
     found = run_distributed(train_rank, world_size, config_path, [*FP8, *overrides.split()])
     assert all(history == found[0] for history in found), "ranks disagree on the loss"
-    assert found[0][0][0] == pytest.approx(expected[0][0], rel=3e-3)
     assert found[0][0][1] == pytest.approx(expected[0][1], rel=3e-2)
     for (loss, _), (wanted, _) in zip(found[0], expected, strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-2)
+        assert loss == pytest.approx(wanted, rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_overrides_replace_and_add(write):
         ("parallel: {tensor: true}", ["parallel.tensor = True", "valid integer"]),
         ("parallel: {sequence: 1}", ["parallel.sequence = 1", "valid boolean"]),
         ("parallel: {tensor: 0}", ["parallel.tensor = 0", "greater than or equal to 1"]),
-        ("precision: {mode: fp16}", ["precision.mode = 'fp16'", "'bf16' or 'fp32'"]),
+        ("precision: {mode: fp16}", ["precision.mode = 'fp16'", "'bf16', 'fp32' or 'fp8'"]),
         ("seed: 1\nseed: 2", ["10: seed", "stands twice (first in line 9)"]),
         ("schedule: [1, 2", ["is not valid YAML"]),
     ],
