@@ -14,6 +14,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_choices_in_the_home(tmp_path_factory: pytest.TempPathFactory):
+    """What tests measure is kept under $XDG_CACHE_HOME: not the user's, whose runs would use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_patches_left_over():
     """A test that applies patches in this process must not change what the next one sees."""

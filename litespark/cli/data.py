@@ -1,4 +1,4 @@
-"""`litespark data`: looking at shards that are there already."""
+"""`litespark data`: checking shards that are there already, and preparing their sample index."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import sys
 from typing import Any
 
 from litespark.cli.arguments import add_command
-from litespark.errors import UserError
+from litespark.cli.data_index import add_index_parser
 
-_DESCRIPTION = "Look at indexed shards, those of `litespark preprocess` and of Megatron-LM."
+_DESCRIPTION = """\
+Look at indexed shards, those of `litespark preprocess` and of Megatron-LM, and index their samples.
+
+A shard is named by its prefix: the path of its files without .bin and .idx.
+"""
 
 _VERIFY_DESCRIPTION = """\
 Check that a shard is whole: its two files agree with each other, and with the sizes and SHA-256
@@ -30,7 +34,10 @@ exit codes: 0 nothing is wrong, 2 the shard is missing or damaged (the message n
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser to what `ArgumentParser.add_subparsers` returned."""
     parser = add_command(
-        subparsers, "data", summary="check an indexed shard", description=_DESCRIPTION
+        subparsers,
+        "data",
+        summary="check an indexed shard, index its samples",
+        description=_DESCRIPTION,
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verify = add_command(
@@ -42,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     )
     verify.add_argument("prefix", metavar="PREFIX", help="path of the shard without .bin and .idx")
     verify.set_defaults(run=run_verify)
+    add_index_parser(actions)
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -50,17 +58,13 @@ def run_verify(args: argparse.Namespace) -> int:
     Raises:
         UserError: when a file of the shard is missing, cannot be read or is damaged.
     """
-    from litespark.data.indexed import IndexedReader
+    from litespark.data.indexed import IndexedReader, unreadable_shard
     from litespark.data.manifest import verify_checksums
 
     try:
         shard = IndexedReader(args.prefix)
     except OSError as error:
-        raise UserError(
-            str(error.filename or args.prefix),
-            f"cannot be read ({error.strerror or error})",
-            "Name a shard's prefix, and check that you may read its files.",
-        ) from error
+        raise unreadable_shard(args.prefix, error) from error
     checked = "checksums match"
     if verify_checksums(args.prefix) is None:
         checked = "no manifest, so no checksums to check"

@@ -219,6 +219,11 @@ class DataConfig(Section):
         default=None,
         description="Tokenizer folder or file; copied into exports, used by `generate`.",
     )
+    index_cache: str | None = Field(
+        default=None,
+        description="Folder of the sample indices; null: `<prefix>_index` beside each shard or, "
+        "where that cannot be written, litespark/index in $XDG_CACHE_HOME or ~/.cache.",
+    )
 
 
 class BatchConfig(Section):

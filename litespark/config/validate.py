@@ -22,6 +22,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
     return [
         *_check_degrees(config, world_size),
         *_check_model(config),
+        *_check_backend(config),
         *_check_precision(config),
         *_check_pipeline(config, world_size),
         *_check_batch(config, world_size),
@@ -106,12 +107,33 @@ def _check_model(config: RunConfig) -> Iterator[UserError]:
         )
 
 
-def _check_precision(config: RunConfig) -> Iterator[UserError]:
-    precision, model, tensor = config.precision, config.model, config.parallel.tensor
-    if model.backend == "te" and precision.mode == "fp32":
+def _check_backend(config: RunConfig) -> Iterator[UserError]:
+    """What a backend can compute on no machine; the rest is found at the start of a run."""
+    model, tensor = config.model, config.parallel.tensor
+    is_fp8 = config.precision.mode == "fp8"
+    if model.backend == "te" and config.precision.mode == "fp32":
         yield UserError(
             "model.backend = te", "computes in bf16 or fp8", "Set precision.mode=bf16 or fp8."
         )
+    if model.backend == "reference" and is_fp8:
+        yield UserError(
+            "precision.mode = fp8",
+            "is not computed by model.backend = reference",
+            "Set model.backend=auto, triton or te, or precision.mode=bf16.",
+        )
+    is_fused = model.backend == "triton" or (model.backend == "auto" and is_fp8)
+    if is_fused and model.num_query_groups < tensor:
+        yield UserError(
+            f"model.num_query_groups = {model.num_query_groups}",
+            f"leaves some of parallel.tensor = {tensor} ranks without a key/value head of their "
+            "own, which the fused blocks (model.backend = triton) need",
+            f"Set parallel.tensor={model.num_query_groups} or less, or model.backend="
+            + ("te." if is_fp8 else "auto."),
+        )
+
+
+def _check_precision(config: RunConfig) -> Iterator[UserError]:
+    precision, model, tensor = config.precision, config.model, config.parallel.tensor
     if precision.mode != "fp8":
         return
     if precision.guard_every is not None and model.backend == "te":
@@ -126,12 +148,6 @@ def _check_precision(config: RunConfig) -> Iterator[UserError]:
             "precision.recipe = delayed",
             "cannot keep layers in BF16 with model.backend = te (megatron-core's restriction)",
             "Set precision.recipe=tensorwise, or model.backend=triton.",
-        )
-    if model.backend == "reference":
-        yield UserError(
-            "precision.mode = fp8",
-            "is not computed by model.backend = reference",
-            "Set model.backend=auto, triton or te, or precision.mode=bf16.",
         )
     kept = precision.bf16_first_layers + precision.bf16_last_layers
     if kept >= model.num_layers:

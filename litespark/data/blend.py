@@ -27,6 +27,7 @@ import numpy.typing as npt
 from litespark.data.corpus import Corpus
 from litespark.data.indexed import IndexedReader
 from litespark.data.manifest import read_manifest
+from litespark.data.sample_index import IndexCache
 from litespark.errors import UserError
 
 Part = Literal["train", "validation", "test"]
@@ -83,6 +84,19 @@ class Blend:
                 node, index = node.right, index - before
         return node, index
 
+    def samples_used(self, samples: int) -> tuple[int, ...]:
+        """Return how many of the first `samples` of the blend each corpus gives."""
+        used = [0] * len(self.corpora)
+        todo = [(self._tree, samples)]
+        while todo:
+            node, passed = todo.pop()
+            if isinstance(node, _Node):
+                left = node.passed_left(passed)
+                todo += [(node.left, left), (node.right, passed - left)]
+            else:
+                used[node] = passed
+        return tuple(used)
+
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """Return sample `index` (0 or more, without end), int64 [sequence_length + 1]."""
         corpus, sample = self.locate(index)
@@ -129,6 +143,7 @@ def open_blend(
     part: Part,
     sequence_length: int,
     seed: int,
+    index_cache: IndexCache | None = None,
 ) -> Blend | None:
     """Open one part of a blend; None when the part's share in `split` is 0.
 
@@ -140,6 +155,7 @@ def open_blend(
         part: which of the three.
         sequence_length: tokens of a sample, without the extra one for the last label.
         seed: of the orders, 0 or more.
+        index_cache: where the corpora keep their orders; None to build them in memory.
 
     Raises:
         UserError: when a shard is missing or damaged, a share or weight is no such number, or a
@@ -162,7 +178,7 @@ def open_blend(
                 f"leaves the {part} part none of the {reader.documents} documents of {prefix}",
                 "Give that part a larger share, or 0 to do without it.",
             )
-        corpora.append(Corpus(reader, (first, last), sequence_length, seed))
+        corpora.append(Corpus(reader, (first, last), sequence_length, seed, index_cache))
     return Blend(corpora, weights)
 
 

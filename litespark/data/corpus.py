@@ -1,11 +1,11 @@
-"""One shard as an endless, shuffled, random-access sequence of samples, with no index on disk.
+"""One shard as an endless, shuffled, random-access sequence of samples.
 
 Epoch e puts the documents in a random order, joins them into one stream, and cuts it every S
 tokens: sample j is the tokens [j S, j S + S + 1), the one extra being the last label.  The
 samples of the epoch are then drawn in a second random order.  With N samples an epoch, sample k
 of the corpus is the draw k mod N of epoch k // N.  Both orders come from (seed, epoch) alone, so
-a sample is a pure function of the shard, the seed and k: nothing is saved, and a resumed run
-needs only its count of samples.
+a sample is a pure function of the shard, the seed and k, and a resumed run needs only its count
+of samples.  What is kept on disk, the sample index, saves time and memory and decides nothing.
 
 The orders are the sorting permutation of raw bits of Philox, whose stream NumPy fixes for ever,
 and not `Generator.permutation`, whose algorithm may change between releases and with it the data
@@ -16,41 +16,30 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
 from litespark.data.indexed import IndexedReader
+from litespark.data.sample_index import EpochOrder, IndexCache, OrderRequest
 from litespark.errors import UserError
 
 _EPOCHS_KEPT = 2  # samples near the border of two epochs alternate between them in a blend
-_DOCUMENTS, _SAMPLES = 0, 1  # the two random orders of an epoch
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """`documents` [documents] in stream order, `ends_tokens` [documents] their ends in the stream,
-    `samples` [N] the order in which samples are drawn.
-    """
-
-    documents: npt.NDArray[np.int64]
-    ends_tokens: npt.NDArray[np.int64]
-    samples: npt.NDArray[np.int64]
 
 
 class Corpus:
     """Samples of `sequence_length` + 1 tokens from a range of a shard's documents.
 
-    Memory: about 24 bytes a document and 8 a sample, for each of two epochs.  Threads may share
-    it.
+    Memory, without a cache: 16 bytes a document and 8 a sample for each of two epochs.  Threads
+    may share it.
 
     Args:
         prefix: the shard's path without `.bin`, or its open reader.
         document_range: the documents [start, stop) in stored order.
         sequence_length: S, in tokens.
         seed: of the orders, 0 or more.
+        index_cache: where the orders are kept and mapped from; None to build them in memory.
 
     Raises:
         UserError: when the shard is damaged (see `IndexedReader`) or has fewer than S + 1 tokens
@@ -63,6 +52,7 @@ class Corpus:
         document_range: tuple[int, int],
         sequence_length: int,
         seed: int,
+        index_cache: IndexCache | None = None,
     ) -> None:
         start, stop = document_range
         reader = prefix if isinstance(prefix, IndexedReader) else IndexedReader(prefix)
@@ -73,6 +63,7 @@ class Corpus:
         self.sequence_length = sequence_length
         self.seed = seed
         self._reader = reader
+        self._index_cache = index_cache
         self._lengths_tokens = reader.document_lengths_tokens[start:stop]
         self.tokens = int(self._lengths_tokens.sum())
         if self.tokens < sequence_length + 1:
@@ -83,7 +74,7 @@ class Corpus:
                 "data.sequence_length.",
             )
         self.samples_per_epoch = (self.tokens - 1) // sequence_length
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
         self._lock = Lock()
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
@@ -95,7 +86,7 @@ class Corpus:
         first_token = int(epoch.samples[position]) * self.sequence_length
         return self._read_stream(epoch, first_token)
 
-    def _read_stream(self, epoch: _Epoch, first_token: int) -> npt.NDArray[np.int64]:
+    def _read_stream(self, epoch: EpochOrder, first_token: int) -> npt.NDArray[np.int64]:
         sample = np.empty(self.sequence_length + 1, dtype=np.int64)
         # side="right" steps over empty documents, whose end is also their start.
         place = int(np.searchsorted(epoch.ends_tokens, first_token, side="right"))
@@ -112,22 +103,27 @@ class Corpus:
             place += 1
         return sample
 
-    def _epoch(self, number: int) -> _Epoch:
+    def order_request(self, epoch: int) -> OrderRequest:
+        """What the sample index of an epoch is made from."""
+        return OrderRequest(
+            self.prefix,
+            self.document_range,
+            self._lengths_tokens,
+            self.sequence_length,
+            self.samples_per_epoch,
+            self.seed,
+            epoch,
+        )
+
+    def _epoch(self, number: int) -> EpochOrder:
         with self._lock:
             epoch = self._epochs.get(number)
             if epoch is None:
-                documents = _random_order(self.seed, number, _DOCUMENTS, len(self._lengths_tokens))
-                ends_tokens = np.cumsum(self._lengths_tokens[documents])
-                samples = _random_order(self.seed, number, _SAMPLES, self.samples_per_epoch)
-                epoch = _Epoch(documents, ends_tokens, samples)
+                request = self.order_request(number)
+                cache = self._index_cache
+                epoch = request.build() if cache is None else cache.find(request).order
                 self._epochs[number] = epoch
                 while len(self._epochs) > _EPOCHS_KEPT:
                     self._epochs.popitem(last=False)
             self._epochs.move_to_end(number)
             return epoch
-
-
-def _random_order(seed: int, epoch: int, purpose: int, count: int) -> npt.NDArray[np.int64]:
-    """Return a permutation of range(count), int64, that depends on the arguments alone."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
-    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

@@ -18,21 +18,20 @@ and silent nonsense.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from litespark.errors import UserError
-from litespark.utils.files import rename_durably, temporary_name
+from litespark.utils.files import HashingFile, rename_durably, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -49,7 +48,7 @@ _TYPE_OF_CODE: dict[int, type[np.integer[Any]]] = {
 }
 _CODE_OF_TYPE = {token_type: code for code, token_type in _TYPE_OF_CODE.items()}
 _MAX_UINT16_VOCAB_SIZE = 65500  # exclusive; megatron-core's bound, not 65536
-_ROWS_AT_ONCE = 1 << 20  # index rows converted or checked at a time, to bound memory
+ROWS_AT_ONCE = 1 << 20  # index rows converted or checked at a time, to bound memory
 
 TokenArray = npt.NDArray[np.integer[Any]]
 
@@ -82,33 +81,6 @@ class ShardFiles:
     tokens: int
 
 
-class _HashingFile:
-    """A new file whose SHA-256 grows with what is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size_bytes = 0
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close()
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.size_bytes += len(data)
-
-    def close_durably(self) -> str:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
-
-    def discard(self) -> None:
-        with suppress(OSError):  # a full disk may refuse the flush; the file goes anyway
-            self._file.close()
-        with suppress(FileNotFoundError):
-            self.path.unlink()
-
-
 class IndexedWriter:
     """Stream documents to `<prefix>.bin` and `<prefix>.idx`, which appear whole or not at all.
 
@@ -128,8 +100,8 @@ class IndexedWriter:
         self.tokens = 0
         self._lengths = array("i")
         self._sealed: ShardFiles | None = None
-        self._bin = _HashingFile(temporary_name(bin_path(prefix)))
-        self._idx: _HashingFile | None = None
+        self._bin = HashingFile(temporary_name(bin_path(prefix)))
+        self._idx: HashingFile | None = None
 
     def add_document(self, tokens: Sequence[int] | TokenArray) -> None:
         """Append one document; an empty one keeps its place in the count of documents.
@@ -165,7 +137,7 @@ class IndexedWriter:
             OSError: when the disk is full.
         """
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        self._idx = _HashingFile(temporary_name(idx_path(self.prefix)))
+        self._idx = HashingFile(temporary_name(idx_path(self.prefix)))
         _write_index(self._idx, lengths, self.dtype)
         self._sealed = ShardFiles(
             bin_bytes=self._bin.size_bytes,
@@ -210,12 +182,16 @@ class IndexedWriter:
             self.discard()
 
 
-def _write_index(file: _HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+def pack_header(dtype: np.dtype[Any], sequences: int, entries: int) -> bytes:
+    """Return the header of an `.idx` with S `sequences` and D `entries`."""
+    return _HEADER.pack(MAGIC, VERSION, _CODE_OF_TYPE[dtype.type], sequences, entries)
+
+
+def _write_index(file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
     """Write the header and the tables of `.idx`; `lengths` [documents], 0 for an empty one."""
     sequences = int(np.count_nonzero(lengths))
-    code = _CODE_OF_TYPE[dtype.type]
-    file.write(_HEADER.pack(MAGIC, VERSION, code, sequences, len(lengths) + 1))
-    blocks = [lengths[i : i + _ROWS_AT_ONCE] for i in range(0, len(lengths), _ROWS_AT_ONCE)]
+    file.write(pack_header(dtype, sequences, len(lengths) + 1))
+    blocks = [lengths[i : i + ROWS_AT_ONCE] for i in range(0, len(lengths), ROWS_AT_ONCE)]
     for block in blocks:
         file.write(block[block > 0].astype("<i4").tobytes())
     offset_bytes = 0
@@ -245,13 +221,17 @@ class IndexedReader:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        self.dtype, lengths, document_indices = _read_index(self.prefix)
+        index = open_index(self.prefix)
+        if index.tokens == 0:
+            where = str(bin_path(self.prefix))
+            raise UserError(where, "the shard holds no tokens", "Use one with documents.")
+        self.dtype = index.dtype
         self._tokens = np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r")
         self.tokens = len(self._tokens)
-        starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=starts[1:])
-        self._document_starts = starts[document_indices]
-        self.documents = len(document_indices) - 1
+        starts = np.zeros(len(index.lengths) + 1, dtype=np.int64)
+        np.cumsum(index.lengths, out=starts[1:])
+        self._document_starts = starts[index.document_indices]
+        self.documents = index.documents
         self.document_lengths_tokens: npt.NDArray[np.int64] = np.diff(self._document_starts)
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> TokenArray:
@@ -288,12 +268,47 @@ def _file_size(path: Path, prefix: str) -> int:
         ) from error
 
 
-def _read_index(
-    prefix: str,
-) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Return (dtype, sequence lengths [S], document indices [D]), after all checks."""
+@dataclass(frozen=True)
+class ShardIndex:
+    """The checked tables of an `.idx`, memory-mapped: `lengths` [S] in tokens, `pointers` [S] in
+    bytes, `document_indices` [D].
+    """
+
+    dtype: np.dtype[Any]
+    lengths: npt.NDArray[np.int32]
+    pointers: npt.NDArray[np.int64]
+    document_indices: npt.NDArray[np.int64]
+    bin_bytes: int
+
+    @property
+    def documents(self) -> int:
+        """Documents, the empty ones included."""
+        return len(self.document_indices) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return self.bin_bytes // self.dtype.itemsize
+
+    def document_lengths(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the documents' lengths in tokens, in order, some at a time to bound memory."""
+        for first in range(0, self.documents, ROWS_AT_ONCE):
+            sequences = self.document_indices[first : first + ROWS_AT_ONCE + 1]
+            starts = np.full(len(sequences), self.bin_bytes, dtype=np.int64)
+            inside = sequences < len(self.pointers)  # past the last sequence is the end of .bin
+            starts[inside] = self.pointers[sequences[inside]]
+            yield np.diff(starts) // self.dtype.itemsize
+
+
+def open_index(prefix: str | os.PathLike[str]) -> ShardIndex:
+    """Map the index of a shard after all checks of its structure; the shard may hold no tokens.
+
+    Raises:
+        UserError: when a file is missing, is not such a file, or the two do not belong together.
+        OSError: when a file is there but cannot be read.
+    """
     path, data_path = idx_path(prefix), bin_path(prefix)
-    size_bytes, data_bytes = _file_size(path, prefix), _file_size(data_path, prefix)
+    size_bytes, data_bytes = (_file_size(file, os.fspath(prefix)) for file in (path, data_path))
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
     dtype, sequences, entries = _parse_header(path, header)
@@ -317,9 +332,16 @@ def _read_index(
             "it is cut short, has grown, or the .idx belongs to another .bin",
             "Put the two files of one shard together again, or write the shard again.",
         )
-    if total_bytes == 0:
-        raise UserError(str(data_path), "the shard holds no tokens", "Use one with documents.")
-    return dtype, lengths, documents
+    return ShardIndex(dtype, lengths, pointers, documents, data_bytes)
+
+
+def unreadable_shard(prefix: str | os.PathLike[str], error: OSError) -> UserError:
+    """Return what to tell the user about a shard whose files the system does not let us read."""
+    return UserError(
+        str(error.filename or prefix),
+        f"cannot be read ({error.strerror or error})",
+        "Name a shard's prefix, and check that you may read its files.",
+    )
 
 
 def _damaged(path: Path, problem: str) -> UserError:
@@ -348,10 +370,10 @@ def _parse_header(path: Path, header: bytes) -> tuple[np.dtype[Any], int, int]:
 def _check_pointers(path: Path, lengths: Any, pointers: Any, itemsize: int) -> int:
     """Return the bytes that the sequences take, after checking each offset against the lengths."""
     offset_bytes = 0
-    for first in range(0, len(lengths), _ROWS_AT_ONCE):
-        sizes = lengths[first : first + _ROWS_AT_ONCE].astype(np.int64) * itemsize
+    for first in range(0, len(lengths), ROWS_AT_ONCE):
+        sizes = lengths[first : first + ROWS_AT_ONCE].astype(np.int64) * itemsize
         ends = offset_bytes + np.cumsum(sizes)
-        wrong = (sizes < 0) | (pointers[first : first + _ROWS_AT_ONCE] != ends - sizes)
+        wrong = (sizes < 0) | (pointers[first : first + ROWS_AT_ONCE] != ends - sizes)
         if wrong.any():
             sequence = first + int(np.argmax(wrong))
             raise _damaged(path, f"the length or offset of sequence {sequence} is corrupt")
@@ -362,8 +384,8 @@ def _check_pointers(path: Path, lengths: Any, pointers: Any, itemsize: int) -> i
 def _check_document_indices(path: Path, documents: Any, sequences: int) -> None:
     if documents[0] != 0 or documents[-1] != sequences:
         raise _damaged(path, f"its document indices do not span the {sequences} sequences")
-    for first in range(0, len(documents) - 1, _ROWS_AT_ONCE):
-        steps = np.diff(documents[first : first + _ROWS_AT_ONCE + 1])
+    for first in range(0, len(documents) - 1, ROWS_AT_ONCE):
+        steps = np.diff(documents[first : first + ROWS_AT_ONCE + 1])
         if (steps < 0).any():
             document = first + int(np.argmax(steps < 0))
             raise _damaged(path, f"the index of document {document + 1} is corrupt (it goes back)")

@@ -12,7 +12,6 @@ ends the job at once.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import deque
@@ -22,7 +21,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Literal
 
 from litespark.data import workers
@@ -34,10 +32,16 @@ from litespark.data.manifest import (
     manifest_path,
     write_manifest,
 )
+from litespark.data.output import (
+    check_output_name,
+    disk_error,
+    prepare_folder,
+    refuse_existing,
+    unusable_output,
+)
 from litespark.data.readers import BadLine, LineBlock, Source, find_sources, iterate_blocks
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
 from litespark.errors import LitesparkError, UserError
-from litespark.utils.files import temporary_name
 from litespark.version import __version__
 
 _BLOCKS_IN_FLIGHT_PER_WORKER = 3
@@ -110,7 +114,7 @@ def preprocess(
     try:
         writer = IndexedWriter(prefix, tokenizer.vocab_size)
     except OSError as error:
-        raise _unusable_output(options, error) from error
+        raise unusable_output(options.output_prefix, prefix, error) from error
     try:
         job = _Job(options, tokenizer, sources, writer, report)
         job.run()
@@ -123,7 +127,7 @@ def preprocess(
             "Nothing was written. Start again, with fewer --workers if memory is short."
         ) from error
     except OSError as error:  # inputs raise UserError, so what is left is the output
-        raise _disk_error(options, error) from error
+        raise disk_error(prefix, error) from error
     finally:
         writer.discard()
 
@@ -136,59 +140,18 @@ def prepare_output(options: PreprocessOptions) -> None:
             the output exists and is not to be replaced.
         LitesparkError: when the disk is full.
     """
-    where = f"--output-prefix {options.output_prefix or repr('')}"
-    if os.path.basename(options.output_prefix) in ("", ".", ".."):
-        raise UserError(
-            where,
-            "does not end in a name for the output's files",
-            "Give a folder and a name, like data/corpus.",
-        )
+    check_output_name(options.output_prefix)
     if not options.json_key or "/" in options.json_key or "\0" in options.json_key:
         raise UserError(
             f"--json-key {options.json_key!r}",
             "cannot be part of the output's file name",
             "Give a key without '/'.",
         )
-    prefix = options.shard_prefix
-    try:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            # The longest name to come: if it is too long, say so now and not after hours.
-            temporary_name(manifest_path(prefix)).lstat()
-        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
-            if path.is_dir():
-                raise UserError(
-                    where, f"{path} is a folder", "Remove it, or choose another prefix."
-                )
-            if path.exists() and not options.overwrite:
-                raise UserError(
-                    where,
-                    f"{path} exists already",
-                    "Choose another prefix, or pass --overwrite to replace it.",
-                )
-    except OSError as error:
-        raise _unusable_output(options, error) from error
-
-
-def _unusable_output(options: PreprocessOptions, error: OSError) -> LitesparkError:
-    """Return the error for an output whose folder or first file could not be made."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no mistake of the user's
-        return _disk_error(options, error)
-    reason = error.strerror or str(error)
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        reason = "a part of the path is a file, not a folder"
-    return UserError(
-        f"--output-prefix {options.output_prefix}",
-        f"the output cannot be made there: {reason}",
-        "Choose a prefix in a folder that you may write to, with a name that is not too long.",
-    )
-
-
-def _disk_error(options: PreprocessOptions, error: OSError) -> LitesparkError:
-    return LitesparkError(
-        f"{options.shard_prefix}: cannot be written: {error.strerror or error}. "
-        "Nothing was written under the final name."
-    )
+    prepare_folder(options.output_prefix, options.shard_prefix)
+    if not options.overwrite:
+        refuse_existing(
+            options.output_prefix, options.shard_prefix, ", or pass --overwrite to replace it"
+        )
 
 
 def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ or the guard has moved it back.  The LM head, norms, attention and the embedding
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,10 @@ class PrecisionPolicy:
         self.num_steps += 1
         if self.scaling is not None:
             self.scaling.end_step(group)
+
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """Within the block nothing that is computed influences later scales; see `Scaling`."""
+        return nullcontext() if self.scaling is None else self.scaling.unrecorded()
 
     def state(self) -> dict[str, list[float]]:
         """What checkpoints keep of the scales; see `Scaling.state`."""

@@ -17,13 +17,16 @@ Source: Micikevicius et al. 2022, arXiv 2209.05433; the rule is Transformer Engi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from litespark.ops.formats import FP8_MAX, Fp8Matrix, QuantizeSpec
-from litespark.ops.quantize import current_scale, quantize, raise_amax
+from litespark.ops.quantize import LARGEST_SCALE, current_scale, quantize, raise_amax
 
 
 class Scaling:
@@ -85,20 +88,39 @@ class Scaling:
         largest_p = self.history_tp.amax(dim=0)
         usable_p = (largest_p > 0) & largest_p.isfinite()
         scale_p = torch.where(usable_p, self._limit_p / largest_p, self.scale_p)
-        # A tensor of denormal values must not end in an infinite scale.
-        self.scale_p.copy_(scale_p.clamp(max=torch.finfo(torch.float32).max))
+        # A tensor of denormal values must end neither in an infinite scale nor in a zero for its
+        # reciprocal.
+        self.scale_p.copy_(scale_p.clamp(max=LARGEST_SCALE))
         self.scale_inv_p.copy_(1.0 / self.scale_p)
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Within the block tensors are quantised as ever, and the scales to come do not know."""
+        amax_p = self.amax_p.clone()
+        used = [point.was_used for point in self.points]
+        try:
+            yield
+        finally:
+            self.amax_p.copy_(amax_p)
+            for point, was_used in zip(self.points, used, strict=True):
+                point.was_used = was_used
+
     def state(self) -> dict[str, list[float]]:
-        """History and running largest value of each point by name, for checkpoints."""
-        columns = torch.cat([self.amax_p[None], self.history_tp]).nan_to_num().t().tolist()
+        """History and running largest value of each point by name, for checkpoints.
+
+        What is not finite, and so made no scale, is stored as 0, which makes none either.
+        """
+        largest = torch.cat([self.amax_p[None], self.history_tp])
+        columns = largest.nan_to_num(nan=0.0, posinf=0.0).t().tolist()
         return {point.name: columns[point.index] for point in self.points if point.has_history}
 
     def load_state(self, state: dict[str, list[float]]) -> None:
         """Restore what `state` gave; points that it lacks start with current scales."""
+        if not self.delayed:
+            return
         for point in self.points:
             values = state.get(point.name)
-            if values is None:
+            if not values:
                 continue
             amax, *history = values[: self.history_steps + 1]
             self.amax_p[point.index] = amax

@@ -143,10 +143,11 @@ class TransformerEngineBackend(Backend):
     @classmethod
     def obstacle(cls, config: RunConfig) -> str | None:
         """Why this backend cannot compute `config` on this machine; None: it can."""
-        if importlib.util.find_spec("transformer_engine") is None:
-            return "needs Transformer Engine: pip install 'litespark[te]'"
+        # In this order: without a GPU the package is hidden (`hide_gpu_packages`).
         if not torch.cuda.is_available():
             return "needs a CUDA device"
+        if importlib.util.find_spec("transformer_engine") is None:
+            return "needs Transformer Engine: pip install 'litespark[te]'"
         return None
 
     def __init__(self, config: RunConfig) -> None:
@@ -185,11 +186,13 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 
 
-def select_backend(config: RunConfig) -> Backend:
-    """The provider for `model.backend`; `auto` takes the fastest that can compute `config`.
+def backend_for(config: RunConfig) -> tuple[type[Backend], str | None]:
+    """The provider for `model.backend`, and why `auto` does not take the fused one, if it does not.
+
+    `auto` takes the fastest that can compute `config`.
 
     Raises:
-        UserError: the backend that was asked for by name cannot.
+        UserError: the backend that was asked for by name cannot, or none can.
     """
     name = config.model.backend
     if name != "auto":
@@ -198,15 +201,29 @@ def select_backend(config: RunConfig) -> Backend:
             raise UserError(
                 f"model.backend = {name}", obstacle, "Set model.backend=auto to take another."
             )
-        return BACKENDS[name](config)
+        return BACKENDS[name], None
     # On a CPU the fused blocks are slower than plain torch; only FP8 needs them.
-    wants_fused = torch.cuda.is_available() or config.precision.mode == "fp8"
-    obstacle = TritonBackend.obstacle(config) if wants_fused else None
-    if wants_fused and obstacle is None:
-        return TritonBackend(config)
+    if not torch.cuda.is_available() and config.precision.mode != "fp8":
+        return Backend, None
+    obstacle = TritonBackend.obstacle(config)
+    if obstacle is None:
+        return TritonBackend, None
+    if Backend.obstacle(config) is not None:
+        raise UserError(
+            f"precision.mode = {config.precision.mode}",
+            f"is computed by model.backend = triton, which {obstacle}",
+            "Set precision.mode=bf16.",
+        )
+    return Backend, obstacle
+
+
+def select_backend(config: RunConfig) -> Backend:
+    """The provider for `model.backend`; says so where `auto` cannot take the fastest.
+
+    Raises:
+        UserError: see `backend_for`.
+    """
+    provider, obstacle = backend_for(config)
     if obstacle is not None:
         logger.warning("the fused backend is not used: it %s", obstacle)
-    obstacle = Backend.obstacle(config)
-    if obstacle is not None:
-        raise UserError("model.backend = auto", f"reference {obstacle}", "Set precision.mode=bf16.")
-    return Backend(config)
+    return provider(config)

@@ -62,7 +62,7 @@ class GPT(GPTModel):
             pg_collection=groups,
         )
         self.num_real_tokens = model.vocab_size
-        self.fused_head = backend.fused_head
+        self.backend = backend
         self.policy = backend.policy
         if model.rope_scaling is not None:
             # megatron-core fixes all of Llama 3's constants but the factor.
@@ -81,7 +81,7 @@ class GPT(GPTModel):
             return super()._postprocess(
                 hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
             )
-        if self.fused_head:
+        if self.backend.fused_head:
             return self._fused_loss_sum(hidden_states, labels, loss_mask)
         losses_bs = super()._postprocess(
             hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs

@@ -42,7 +42,7 @@ from litespark.modules.attention_backends import (
     Documents,
 )
 from litespark.parallel.device import cudnn_version
-from litespark.utils.files import write_text_atomically
+from litespark.utils.choice_cache import ChoiceCache, cache_path
 
 WARM_UP, REPEATS = 2, 5
 _PACKAGES = ("flash-attn-4", "flash-attn-3", "flash_attn_3", "flash-attn")
@@ -72,7 +72,7 @@ class Choice:
             times = {str(name): float(time) for name, time in value["milliseconds"].items()}
             failures = {str(name): str(reason) for name, reason in value["failures"].items()}
             return cls(value["backend"], times, failures) if value["backend"] in times else None
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             return None
 
 
@@ -96,7 +96,7 @@ class AttentionChooser:
         self._backends = {backend.name: backend for backend in backends}
         self._measure = measure
         self._machine = machine
-        self._cache_path = cache_path
+        self._cache = ChoiceCache(cache_path, "attention")
         self._decided: dict[AttentionCase, AttentionBackend] = {}
 
     def choose(
@@ -159,14 +159,16 @@ class AttentionChooser:
 
     def _remembered(self, key: str, names: list[str], case: AttentionCase) -> Choice:
         """What the file of results says, or a measurement, which is added to it."""
-        path = self._cache_path()
-        known = Choice.parse(_read_choices(path).get(key))
-        if known is not None and known.backend in names:
+
+        def parse(value: Any) -> Choice | None:
+            choice = Choice.parse(value)
+            return choice if choice is not None and choice.backend in names else None
+
+        known = self._cache.find(key, parse)
+        if known is not None:
             return known
         choice = self._measured(names, case)
-        if path is not None:
-            _add_choice(path, key, choice)
-        return choice
+        return self._cache.settle(key, asdict(choice), parse) or choice
 
     def _measured(self, names: list[str], case: AttentionCase) -> Choice:
         times, failures = self._timed(names, case)
@@ -204,7 +206,20 @@ def choose_attention(
         UserError: the forced backend is unknown, not installed or cannot compute the case.
         LitesparkError: no backend computes the case.
     """
+    keep_compiled_kernels()
     return _CHOOSER.choose(case, force=force, measure=measure)
+
+
+def keep_compiled_kernels() -> None:
+    """Have FlashAttention's CuTe kernels, which take 10 s to compile, kept for the next start.
+
+    The library reads this when it is imported, and by itself keeps nothing.  In the user's own
+    folder, not in the library's default under /tmp: what is kept is loaded as code.
+    """
+    folder = cache_path("flash_attention_cute")
+    if folder is not None:
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def random_inputs(
@@ -276,12 +291,7 @@ def machine_name() -> str:
 
 def default_cache_path() -> Path | None:
     """`attention.json` under $XDG_CACHE_HOME or ~/.cache; None for a user without a home."""
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "litespark" / "attention.json"
+    return cache_path("attention.json")
 
 
 def _agreed(key: str, decide: Callable[[], Choice]) -> Choice:
@@ -307,25 +317,6 @@ def _agreed(key: str, decide: Callable[[], Choice]) -> Choice:
         _LOGGER.warning("attention: %s failed when measured and is not used: %s", name, reason)
     _LOGGER.info("attention: %s for %s", choice, key.rpartition(" | ")[2])
     return choice
-
-
-def _read_choices(path: Path | None) -> dict[str, Any]:
-    """The file of results; empty when there is none or it is damaged."""
-    try:
-        content = json.loads(path.read_bytes()) if path is not None else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _add_choice(path: Path, key: str, choice: Choice) -> None:
-    """Add a result; one lost to another process that writes at the same time is measured again."""
-    content = _read_choices(path) | {key: asdict(choice)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(content, indent=1, sort_keys=True))
-    except OSError as error:
-        _LOGGER.warning("attention: the choice is not kept for the next run: %s", error)
 
 
 def _reason(backend: AttentionBackend, case: AttentionCase) -> str | None:

@@ -23,8 +23,9 @@ FP8 products exist on Hopper in "TN" only, both operands contiguous along k, whi
 Algorithms.  The library proposes up to 8, best guess first.  At the first call with a kind of
 product (sizes, types, layouts, alignment, epilogue) all are timed on the operands at hand, into a
 scratch output, and the fastest is kept; this waits for the GPU, once a kind.  Algorithms may sum in
-another order, so two processes that tuned on their own need not agree to the last bit; `tuning`
-turns it off.  Partial sums of a product that is split along k are always kept in fp32.
+another order, so choices are kept on disk, where later processes find them (`cublaslt_choices`);
+`tuning` turns all of it off.  Partial sums of a product that is split along k are always kept in
+fp32.
 
 Source: cuBLAS documentation, 3.1.4.1 "Tensorwide Scaling" (what an epilogue computes).
 """
@@ -46,6 +47,13 @@ from torch import Tensor
 
 from litespark.errors import LitesparkError
 from litespark.ops import cublaslt_library as lt
+from litespark.ops.cublaslt_choices import (
+    AlgorithmChoice,
+    AlgorithmChoices,
+    blas_layout_of,
+    kind_of,
+    types_of,
+)
 from litespark.ops.cublaslt_product import (
     Addresses,
     Product,
@@ -54,10 +62,10 @@ from litespark.ops.cublaslt_product import (
     find_problem,
     find_scales_problem,
     layout_of,
-    name_of,
     operations,
 )
 from litespark.ops.formats import FP8_MAX
+from litespark.utils.choice_cache import cache_path
 
 __all__ = [
     "Scales",
@@ -82,10 +90,10 @@ _POINTER_ATTRIBUTES = (lt.DESC_A_SCALE, lt.DESC_B_SCALE, lt.DESC_D_SCALE, lt.DES
 
 @dataclass(frozen=True)
 class TunedProduct:
-    """One row of `tuned_report`: what was timed and which of the proposed algorithms won.
+    """One row of `tuned_report`: what was tuned and which of the proposed algorithms is used.
 
     `layout` is BLAS's ("TN": both operands contiguous along k); `times_ms` are medians in the
-    library's order, infinite where an algorithm did not run, and `index` is the winner's.
+    library's order, infinite where an algorithm did not run, and `index` is the chosen one's.
     """
 
     m: int
@@ -141,6 +149,8 @@ class Cuda:
 class tuning:
     """Whether products choose their algorithm by timing (as they do at first) or take the first.
 
+    Only who chooses by timing looks at the choices on disk.
+
     `tuning(False)` sets it until further notice, `with tuning(False):` for the block.  A product
     first met without tuning is tuned when it is next met with tuning.
     """
@@ -193,12 +203,15 @@ class _Plan:
 class Engine:
     """The state behind `matmul`: handles, workspaces and plans.
 
-    `library` is libcublasLt with its prototypes.
+    `library` is libcublasLt with its prototypes; `choices` are those on disk, if any are kept.
     """
 
-    def __init__(self, library: Any, cuda: Cuda | None = None) -> None:
+    def __init__(
+        self, library: Any, cuda: Cuda | None = None, choices: AlgorithmChoices | None = None
+    ) -> None:
         self.library = library
         self.report: list[TunedProduct] = []
+        self._choices = choices or AlgorithmChoices(lambda: None, str)
         self._cuda = Cuda() if cuda is None else cuda
         self._handles: dict[int, int] = {}
         self._memory: dict[tuple[int, int], _StreamMemory] = {}
@@ -325,26 +338,43 @@ class Engine:
         plan.slower = algorithms[1:]
         if len(algorithms) == 1:
             return
-        out = product.out
+        choice = self._choices.choose(
+            kind_of(product, plan.alignment),
+            product.a.get_device(),
+            len(algorithms),
+            lambda: self._times(plan, algorithms, product.out, addresses, memory, stream),
+        )
+        if choice is None:
+            return
+        plan.algorithm, *plan.slower = [algorithms[index] for index in choice.ranking()]
+        self.report.append(_row(product, choice))
+
+    def _times(
+        self,
+        plan: _Plan,
+        algorithms: list[int],
+        out: Tensor,
+        addresses: Addresses,
+        memory: _StreamMemory,
+        stream: int,
+    ) -> list[float] | None:
+        """Milliseconds of each algorithm; None where the GPU has no memory left to time them."""
         try:  # not the real output: a product that accumulates would add to it each time
             scratch = torch.empty_strided(
                 out.shape, out.stride(), dtype=out.dtype, device=out.device
             )
         except torch.OutOfMemoryError:
-            return  # tuning is not worth failing a run that fits without
+            return None  # tuning is not worth failing a run that fits without
         a_address, b_address, c_address, d_address = addresses
         trial = scratch.data_ptr()
         c_address = trial if c_address == d_address else c_address
         trials = (a_address, b_address, c_address, trial)
-        times = self._cuda.median_milliseconds(
+        return self._cuda.median_milliseconds(
             [
                 functools.partial(self._launch, plan, algorithm, trials, memory, stream)
                 for algorithm in algorithms
             ]
         )
-        ranking = sorted(range(len(times)), key=times.__getitem__)
-        plan.algorithm, *plan.slower = [algorithms[index] for index in ranking]
-        self.report.append(_row(product, times, ranking[0]))
 
     def _proposals(self, plan: _Plan, count: int) -> tuple[Any, list[int]]:
         """The library's algorithms, best guess first: their array, and addresses inside it."""
@@ -408,19 +438,22 @@ class Engine:
         )
 
 
-def _row(product: Product, times: list[float], index: int) -> TunedProduct:
-    a, b, out = product.a, product.b, product.out
-    added = "" if product.add is None else "+ add "
-    transa, transb = operations(a, b)
+def _row(product: Product, choice: AlgorithmChoice) -> TunedProduct:
     return TunedProduct(
-        m=a.shape[0],
-        n=b.shape[0],
-        k=a.shape[1],
-        dtypes=f"{name_of(a.dtype)} x {name_of(b.dtype)} {added}-> {name_of(out.dtype)}",
-        layout="NT"[transa] + "NT"[transb],
-        times_ms=tuple(times),
-        index=index,
+        m=product.a.shape[0],
+        n=product.b.shape[0],
+        k=product.a.shape[1],
+        dtypes=types_of(product),
+        layout=blas_layout_of(product),
+        times_ms=choice.times_ms,
+        index=choice.index,
     )
+
+
+def _machine_name(library: Any, device: int) -> str:
+    """The GPU, and all else that decides what the library proposes and how fast it is."""
+    versions = f"cublasLt {library.cublasLtGetVersion()}, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, {versions}, workspace {WORKSPACE_BYTES}"
 
 
 @functools.cache
@@ -428,7 +461,9 @@ def _engine() -> Engine:
     library = lt.find_library()
     if library is None:
         raise LitesparkError("libcublasLt was not found; torch's CUDA builds bring it")
-    return Engine(library)
+    path = functools.partial(cache_path, "cublaslt.json")
+    machine = functools.partial(_machine_name, library)
+    return Engine(library, choices=AlgorithmChoices(path, machine))
 
 
 @functools.cache
@@ -484,5 +519,5 @@ def matmul(
 
 
 def tuned_report() -> list[TunedProduct]:
-    """What was timed so far, in order."""
+    """What was tuned so far, in order; the times may be those of an earlier process."""
     return list(_engine().report) if is_available() else []

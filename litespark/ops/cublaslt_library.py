@@ -129,6 +129,8 @@ def with_prototypes(library: Any) -> Any:
         function.argtypes, function.restype = arguments, c_int
     library.cublasLtGetStatusName.argtypes = (c_int,)
     library.cublasLtGetStatusName.restype = c_char_p
+    library.cublasLtGetVersion.argtypes = ()
+    library.cublasLtGetVersion.restype = c_size_t
     return library
 
 

@@ -143,15 +143,16 @@ def to_fp8(values, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr) -> Any:
     if INTERPRETED:
         return scaled.to(DTYPE)
     else:  # needed: what follows a return is compiled all the same
+        stored = scaled.to(DTYPE)
         bits = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;",
             "=r,r",
-            [scaled.to(DTYPE).to(tl.uint8, bitcast=True)],  # type: ignore[arg-type] - a type
+            [stored.to(tl.uint8, bitcast=True)],
             dtype=tl.uint8,
             is_pure=False,
             pack=4,
         )
-        return bits.to(DTYPE, bitcast=True)
+        return bits.to(DTYPE, bitcast=True)  # type: ignore[arg-type] - a type
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, check_tokenizer, open_blend
 from litespark.data.loader import Batch
+from litespark.data.sample_index import IndexCache
 from litespark.errors import UserError
 from litespark.metering.breakdown import break_down, record_kernels
 from litespark.metering.energy import EnergyMeter
@@ -115,7 +116,8 @@ def _check(config: RunConfig, world_size: int, reads_data: bool) -> Blend | None
     data = config.data
     entries = [(entry.prefix, entry.weight) for entry in data.blend]
     check_tokenizer(entries, config.model.vocab_size, None)
-    samples = open_blend(entries, data.split, "train", data.sequence_length, config.seed)
+    cache = IndexCache(data.index_cache)
+    samples = open_blend(entries, data.split, "train", data.sequence_length, config.seed, cache)
     if samples is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return samples

@@ -16,6 +16,7 @@ from litespark.checkpoint.run_state import RunState, check_same_model, check_sam
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, check_tokenizer, open_blend
+from litespark.data.sample_index import IndexCache
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import MissingExtraError, UserError
 
@@ -38,7 +39,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     check_config(config, world_size)
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
-    train, validation = _open_data(config)
+    train, validation = open_data(config)
     checkpoint = choose_checkpoint(config)
     if checkpoint is not None:
         state = RunState.read(checkpoint)
@@ -72,8 +73,13 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
     return wanted if is_own else newest_checkpoint(checkpoints) or wanted
 
 
-def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
-    data = config.data
+def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+    """The training and validation parts of the blend; no validation where nothing evaluates.
+
+    Raises:
+        UserError: a shard or the tokenizer is missing, damaged, or does not fit the model.
+    """
+    data, cache = config.data, IndexCache(config.data.index_cache)
     entries = [(entry.prefix, entry.weight) for entry in data.blend]
     identity = None
     if data.tokenizer is not None:
@@ -86,13 +92,13 @@ def _open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
                 f"Set model.vocab_size={tokenizer.vocab_size} or more.",
             )
     check_tokenizer(entries, config.model.vocab_size, identity)
-    train = open_blend(entries, data.split, "train", data.sequence_length, config.seed)
+    train = open_blend(entries, data.split, "train", data.sequence_length, config.seed, cache)
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     validation = None
     if config.training.eval_every is not None:
         validation = open_blend(
-            entries, data.split, "validation", data.sequence_length, config.seed
+            entries, data.split, "validation", data.sequence_length, config.seed, cache
         )
     return train, validation
 

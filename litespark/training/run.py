@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
-from litespark.models.backends import select_backend
 from litespark.models.layer_specs import slot_table
 from litespark.parallel.groups import stop_process_group
 from litespark.training.hooks.checkpointing import Checkpointing
@@ -71,6 +71,6 @@ def _announce(run: TrainingRun) -> None:
         ", sequence parallel" if config.parallel.sequence else "",
         ", distributed optimizer" if config.parallel.distributed_optimizer else "",
     )
-    backend = select_backend(config)
+    backend = bare_model(run.chunks[0]).backend
     for slot, module in slot_table(backend):
         logger.info("  %-24s %-24s %s", slot, module, backend.name)

@@ -28,6 +28,7 @@ from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.language_modelling import language_modelling_step
@@ -80,7 +81,12 @@ def start_processes(config: RunConfig) -> Process:
 
 
 def build_run(config: RunConfig, process: Process) -> TrainingRun:
-    """A checked configuration's groups, model and optimizer; no data yet, and initial weights."""
+    """A checked configuration's groups, model and optimizer; no data yet, and initial weights.
+
+    Raises:
+        UserError: on every rank alike, if the backend asked for cannot compute this here.
+    """
+    on_all_ranks(lambda: backend_for(config))
     logger.info(
         "%d patches to megatron-core, see megatron_patches/README.md", len(applied_patches())
     )

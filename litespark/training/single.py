@@ -57,7 +57,19 @@ def load_model(checkpoint: Path) -> tuple[GPT, RunConfig]:
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    config = load_config(checkpoint / CONFIG).model_copy(update={"parallel": ParallelConfig()})
+    config = _for_this_machine(load_config(checkpoint / CONFIG))
     chunks = build_chunks(config, transformer_config(config))
     load_weights(checkpoint, chunks)
     return chunks[0].eval(), config
+
+
+def _for_this_machine(config: RunConfig) -> RunConfig:
+    """One process, the backend that it can compute with, and no FP8, which is for training."""
+    mode = "bf16" if config.precision.mode == "fp8" else config.precision.mode
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(),
+            "model": config.model.model_copy(update={"backend": "auto"}),
+            "precision": config.precision.model_copy(update={"mode": mode}),
+        }
+    )

@@ -50,10 +50,14 @@ def train_step(run: TrainingRun) -> StepOutcome:
     return StepOutcome(loss_and_tokens, float(grad_norm or 0.0), rate)
 
 
+@torch.no_grad()
 def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> float:
-    """Mean loss per token over `num_steps` global batches; the same number on every rank."""
+    """Mean loss per token over `num_steps` global batches; the same number on every rank.
+
+    Training goes on as if it had not been called: FP8 scales learn nothing from these batches.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
-    with parameters_synchronised(run.chunks):
+    with parameters_synchronised(run.chunks), run.policy.unrecorded():
         for chunk in run.chunks:
             chunk.eval()
         for _ in range(num_steps):

@@ -40,6 +40,48 @@ def rename_durably(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+class HashingFile:
+    """A new file whose SHA-256 grows with what is written; for a temporary name.
+
+    Raises:
+        OSError: when the file exists already or cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close_durably()
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes.
+
+        Raises:
+            OSError: when the disk is full.
+        """
+        self._file.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+
+    def close_durably(self) -> str:
+        """Force the file to the disk, close it, and return its SHA-256 in hexadecimal digits.
+
+        Raises:
+            OSError: when the disk is full.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def discard(self) -> None:
+        """Remove the file; nothing to do after it was renamed."""
+        with suppress(OSError):  # a full disk may refuse the flush; the file goes anyway
+            self._file.close()
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes so that it appears whole when the block ends, or not at all.

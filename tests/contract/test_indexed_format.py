@@ -39,7 +39,7 @@ def test_files_are_byte_identical(tmp_path, vocab_size, documents):
 
 
 def test_many_documents_cross_the_blocks_of_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("litespark.data.indexed._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("litespark.data.indexed.ROWS_AT_ONCE", 7)
     generator = np.random.default_rng(1)
     documents = [generator.integers(0, 500, n).tolist() for n in generator.integers(0, 4, 100)]
     write_theirs(tmp_path / "theirs", documents, 500)

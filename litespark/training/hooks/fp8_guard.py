@@ -14,6 +14,7 @@ BF16 (`precision.guard_action: bf16`), which checkpoints remember.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,13 +54,11 @@ class Fp8Guard(Hook):
         with _bf16_with_errors(_fp8_layers(run), errors):
             bf16_loss = _probe(run)
         gap = abs(fp8_loss - bf16_loss) / bf16_loss
-        found = {number: float(error) for number, error in errors.items()}
-        # Tensor-parallel ranks see the same errors up to rounding: the largest speaks for all.
-        everywhere: dict[int, float] = {}
-        for part in gather_objects(found):
-            for number, error in part.items():
-                everywhere[number] = max(error, everywhere.get(number, 0.0))
-        worst = max(everywhere, key=lambda number: everywhere[number], default=None)
+        everywhere = _largest(
+            gather_objects({number: float(error) for number, error in errors.items()})
+        )
+        # Of equals the lowest: what comes out of one goes into the next.
+        worst = max(sorted(everywhere), key=lambda number: everywhere[number], default=None)
         self._act(run, gap, worst, everywhere)
         return gap
 
@@ -83,6 +82,19 @@ class Fp8Guard(Hook):
             logger.log(level, "step %d: FP8 against BF16: %s", run.step, detail)
 
 
+def _largest(parts: list[dict[int, float]]) -> dict[int, float]:
+    """The largest error of each layer; NaN, which compares with nothing, counts as infinite.
+
+    Ranks beside each other see the same errors up to rounding, or those of their own tokens.
+    """
+    largest: dict[int, float] = {}
+    for part in parts:
+        for number, error in part.items():
+            comparable = math.inf if math.isnan(error) else error
+            largest[number] = max(comparable, largest.get(number, 0.0))
+    return largest
+
+
 def _fp8_layers(run: TrainingRun) -> list[FusedTransformerLayer]:
     return [
         layer
@@ -97,7 +109,7 @@ def _fp8_layers(run: TrainingRun) -> list[FusedTransformerLayer]:
 def _move_to_bf16(run: TrainingRun, number: int) -> None:
     for chunk in run.chunks:
         for layer in bare_model(chunk).decoder.layers:
-            if layer.layer_number == number:
+            if layer.layer_number == number and isinstance(layer, FusedTransformerLayer):
                 layer.use_formats(high_precision_formats())
 
 

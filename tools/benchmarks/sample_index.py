@@ -1,0 +1,92 @@
+"""How long the sample index of a large corpus takes to build and to open, and in how much memory.
+
+Writes an `.idx` with lognormal document lengths and a sparse `.bin` of the size it asks for, then
+measures in fresh processes: opening the shard and building the index of epoch 0, and the same again
+with the index there (warm: in the page cache).  Each time ends with the first sample read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from litespark.data.corpus import Corpus
+from litespark.data.indexed import IndexedReader, bin_path, idx_path
+from litespark.data.sample_index import IndexCache
+
+
+def write_sparse_shard(prefix: Path, documents: int, tokens: int) -> int:
+    """Write a shard of uint16 zeros, one sequence a document; return its tokens."""
+    drawn = np.random.default_rng(0).lognormal(6.2, 1.2, documents)
+    lengths = np.maximum(1, drawn * (tokens / drawn.sum())).astype("<i4")
+    ends_bytes = np.cumsum(lengths, dtype="<i8") * 2
+    with open(idx_path(prefix), "wb") as file:
+        file.write(b"MMIDIDX\x00\x00")
+        file.write(np.array([1], "<u8").tobytes() + bytes([8]))
+        file.write(np.array([documents, documents + 1], "<u8").tobytes())
+        file.write(lengths.tobytes())
+        file.write((ends_bytes - 2 * lengths.astype("<i8")).tobytes())
+        file.write(np.arange(documents + 1, dtype="<i8").tobytes())
+    with open(bin_path(prefix), "wb") as file:
+        file.truncate(int(ends_bytes[-1]))
+    return int(ends_bytes[-1]) // 2
+
+
+def measure(prefix: str, folder: str, sequence_length: int) -> None:
+    """Open the corpus and its index in this process, and print what it took as JSON."""
+    started = time.perf_counter()
+    reader = IndexedReader(prefix)
+    shard_seconds = time.perf_counter() - started
+    shard_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    cache = IndexCache(folder)
+    corpus = Corpus(reader, (0, reader.documents), sequence_length, 1, cache)
+    request = corpus.order_request(0)
+    found = cache.find(request)
+    index_seconds = time.perf_counter() - started - shard_seconds
+    corpus[0]
+    total_seconds = time.perf_counter() - started
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    result = {
+        "how": found.how,
+        "shard_seconds": round(shard_seconds, 2),
+        "index_seconds": round(index_seconds, 2),
+        "to_first_sample_seconds": round(total_seconds, 2),
+        "peak_mb": round(peak_mb),
+        "peak_of_shard_mb": round(shard_mb),
+    }
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Make the shard, measure twice, print three lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--tokens", type=int, default=10_000_000_000)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--folder", help="where to make it (default: a temporary folder)")
+    parser.add_argument("--measure", nargs=2, metavar=("PREFIX", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        prefix, folder = args.measure
+        measure(prefix, folder, args.sequence_length)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        prefix = Path(folder) / "synthetic"
+        tokens = write_sparse_shard(prefix, args.documents, args.tokens)
+        print(f"{args.documents:,} documents, {tokens:,} tokens")
+        for _ in range(2):
+            command = [sys.executable, __file__, "--measure", str(prefix), f"{folder}/index"]
+            command += ["--sequence-length", str(args.sequence_length)]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
