@@ -96,9 +96,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add(
         "--peer-pythonpath",
-        type=Path,
-        metavar="DIR",
-        help="folder with the peer's megatron-core, found before the installed one",
+        metavar="DIR[:DIR]",
+        help="folders with the peer's packages, found before the installed ones: megatron-core, "
+        "and Transformer Engine where it is not to be seen by Litespark",
     )
     add(
         "--peer-micro-batch",

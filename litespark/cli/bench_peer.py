@@ -60,14 +60,21 @@ def check_peer(args: argparse.Namespace, config: RunConfig, world_size: int) -> 
             "has no configuration of the peer to compare with",
             f"Take --precision {' or '.join(_BEST)}.",
         )
-    if args.peer_pythonpath is not None and not args.peer_pythonpath.is_dir():
-        raise UserError(
-            f"--peer-pythonpath {args.peer_pythonpath}", "is no folder", "Give an existing one."
-        )
+    for folder in _peer_folders(args):
+        if not folder.is_dir():
+            raise UserError(
+                f"--peer-pythonpath {args.peer_pythonpath}",
+                f"{folder} is no folder",
+                "Give existing folders, with ':' between them.",
+            )
     from litespark.parallel.device import has_cuda
 
     if not has_cuda():
         raise UserError("--compare peer", "needs a GPU", "Leave it out on this machine.")
+
+
+def _peer_folders(args: argparse.Namespace) -> list[Path]:
+    return [Path(part) for part in (args.peer_pythonpath or "").split(os.pathsep) if part]
 
 
 def peer_command(args: argparse.Namespace, config: RunConfig) -> list[str]:
@@ -93,9 +100,10 @@ def run_peer(args: argparse.Namespace, config: RunConfig) -> Record:
         LitesparkError: it failed or took too long; the message ends with its last words.
     """
     environment = dict(os.environ)
-    if args.peer_pythonpath is not None:
-        paths = [str(args.peer_pythonpath.resolve()), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    paths = [str(folder.resolve()) for folder in _peer_folders(args)]
+    if paths:
+        own = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([*paths, *([own] if own else [])])
     command = peer_command(args, config)
     sys.stderr.write(f"peer: {' '.join(command[1:])}\n")
     started = time.perf_counter()
