@@ -159,7 +159,14 @@ class PrecisionConfig(Section):
     amax_history_steps: int = Field(
         default=16, ge=1, description="Optimizer steps that a delayed scale looks back on."
     )
-    margin: int = Field(default=0, ge=0, le=16, description="Scales are lowered by 2^margin.")
+    margin: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Scales of activations and gradients are lowered by 2^margin (delayed and "
+        "tensorwise), which leaves room above the largest value; weights' scales and blockwise's "
+        "are not.",
+    )
     bf16_first_layers: int = Field(
         default=0, ge=0, description="So many layers at the bottom stay in BF16."
     )
