@@ -144,8 +144,9 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Number formats; master weights, Adam moments and gradient sums are always fp32.
 
-    With `fp8` the products of the layers' linears are in FP8: E4M3, and E5M2 for gradients.
-    Everything else, the LM head included, is as with `bf16`.  The keys after `mode` are for FP8.
+    With `fp8` the products of the layers' linears are in FP8: E4M3, and E5M2 for gradients
+    (blockwise: E4M3 for them too).  Everything else, the LM head included, is as with `bf16`.
+    The keys after `mode` are for FP8.
     """
 
     mode: Literal["bf16", "fp32", "fp8"] = Field(

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -84,9 +85,9 @@ def machine(monkeypatch):
 # ----------------------------------------------------------------------------------------- slots
 
 
-def slots(backend: Backend) -> dict[str, type]:
+def slots(backend: Backend) -> dict[str, Any]:
     """The classes in the specification that the model is built from."""
-    layer = layer_spec(backend)
+    layer: Any = layer_spec(backend)
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
     return {
         "layer": layer.module,

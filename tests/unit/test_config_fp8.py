@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
+from megatron.core.enums import Fp8Recipe
 
 from litespark.config import load_config, validate
 from litespark.config.schema import PrecisionConfig, RunConfig
 from litespark.errors import UserError
+from litespark.fp8.linear import BlockwiseFp8
+from litespark.fp8.policy import PrecisionPolicy
+from tests.support import cli
 
 # Every size a multiple of 128, which is what the blockwise recipe needs.
 MINIMAL = """\
@@ -21,6 +27,26 @@ training: {steps: 10}
 precision: {mode: fp8}
 """
 TE = "model.backend=te"
+NO_VALUES = [
+    ("recipe=current", ["recipe = 'current'", "'delayed', 'tensorwise' or 'blockwise'"]),
+    ("recipe=mxfp8", ["recipe = 'mxfp8'"]),
+    ("recipe=[delayed]", ["precision.recipe"]),
+    ("recipie=delayed", ["precision.recipie", "Did you mean 'recipe'"]),
+    ("amax_history_steps=0", ["amax_history_steps = 0", "greater than or equal to 1"]),
+    ("amax_history_steps=1.5", ["amax_history_steps = 1.5", "integer"]),
+    ("margin=-1", ["margin = -1", "greater than or equal to 0"]),
+    ("margin=17", ["margin = 17", "less than or equal to 16"]),
+    ("margin=true", ["margin = True", "integer"]),
+    ("bf16_first_layers=-1", ["bf16_first_layers = -1", "greater than or equal to 0"]),
+    ("bf16_last_layers=all", ["bf16_last_layers = 'all'", "integer"]),
+    ("fc1_output=fp32", ["fc1_output = 'fp32'", "'bf16', 'fp8_kept' or 'fp8'"]),
+    ("fast_accumulation=true", ["fast_accumulation = True", "'forward' or 'all'"]),
+    ("guard_every=0", ["guard_every = 0", "greater than or equal to 1"]),
+    ("guard_max_gap=0", ["guard_max_gap = 0", "greater than 0"]),
+    ("guard_max_gap=.inf", ["guard_max_gap = inf", "finite"]),
+    ("guard_max_gap=.nan", ["guard_max_gap = nan", "finite"]),
+    ("guard_action=stop", ["guard_action = 'stop'", "'log' or 'bf16'"]),
+]
 
 
 @pytest.fixture
@@ -44,29 +70,7 @@ def test_every_recipe_is_accepted_by_every_backend_that_computes_fp8(recipe, bac
     assert problems(load(f"precision.recipe={recipe}", f"model.backend={backend}")) == ""
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("recipe=current", ["recipe = 'current'", "'delayed', 'tensorwise' or 'blockwise'"]),
-        ("recipe=mxfp8", ["recipe = 'mxfp8'"]),
-        ("recipe=[delayed]", ["precision.recipe"]),
-        ("recipie=delayed", ["precision.recipie", "Did you mean 'recipe'"]),
-        ("amax_history_steps=0", ["amax_history_steps = 0", "greater than or equal to 1"]),
-        ("amax_history_steps=1.5", ["amax_history_steps = 1.5", "integer"]),
-        ("margin=-1", ["margin = -1", "greater than or equal to 0"]),
-        ("margin=17", ["margin = 17", "less than or equal to 16"]),
-        ("margin=true", ["margin = True", "integer"]),
-        ("bf16_first_layers=-1", ["bf16_first_layers = -1", "greater than or equal to 0"]),
-        ("bf16_last_layers=all", ["bf16_last_layers = 'all'", "integer"]),
-        ("fc1_output=fp32", ["fc1_output = 'fp32'", "'bf16', 'fp8_kept' or 'fp8'"]),
-        ("fast_accumulation=true", ["fast_accumulation = True", "'forward' or 'all'"]),
-        ("guard_every=0", ["guard_every = 0", "greater than or equal to 1"]),
-        ("guard_max_gap=0", ["guard_max_gap = 0", "greater than 0"]),
-        ("guard_max_gap=.inf", ["guard_max_gap = inf", "finite"]),
-        ("guard_max_gap=.nan", ["guard_max_gap = nan", "finite"]),
-        ("guard_action=stop", ["guard_action = 'stop'", "'log' or 'bf16'"]),
-    ],
-)
+@pytest.mark.parametrize(("override", "words"), NO_VALUES)
 def test_a_value_that_is_none_is_named(override, words, load):
     with pytest.raises(UserError) as error:
         load(f"precision.{override}")
@@ -75,9 +79,8 @@ def test_a_value_that_is_none_is_named(override, words, load):
 
 
 def test_every_key_has_a_case_above():
-    """A key that is added to the section needs a case of its own in this file."""
-    cases = test_a_value_that_is_none_is_named.pytestmark[0].args[1]
-    tested = {override.partition("=")[0] for override, _ in cases} - {"recipie"}
+    """A key that is added to the section needs a case of its own."""
+    tested = {override.partition("=")[0] for override, _ in NO_VALUES} - {"recipie"}
     assert tested == set(PrecisionConfig.model_fields) - {"mode"}
 
 
@@ -180,3 +183,26 @@ def test_fc1_output_may_be_bf16_everywhere(recipe, backend, load):
 def test_all_mistakes_are_reported_at_once(load):
     config = load("precision.recipe=blockwise", "precision.margin=1", "precision.fc1_output=fp8")
     assert len(validate(config, 1)) == 2
+
+
+RECIPES = get_args(PrecisionConfig.model_fields["recipe"].annotation)
+
+
+def test_recipes_have_megatron_cores_names():
+    """Backend `te` hands them on; `tensorwise` is its name of current scales."""
+    assert {Fp8Recipe(recipe).name for recipe in RECIPES} == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_called_the_same_everywhere(recipe, load):
+    described = PrecisionConfig.model_fields["recipe"].description
+    helped = cli.run("bench", "--help").stdout
+    for text in (described, helped, (cli.ROOT / "README.md").read_text()):
+        assert recipe in str(text)
+    policy = PrecisionPolicy(load(f"precision.recipe={recipe}").precision, 4)
+    if recipe == "blockwise":
+        assert policy.scaling is None, "a scale for each tile"
+        assert isinstance(policy.formats(1).fc1, BlockwiseFp8)
+    else:
+        assert policy.scaling is not None
+        assert policy.scaling.delayed == (recipe == "delayed")
