@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--model", default="paper-3b", metavar="PRESET", help="shape (default: paper-3b)")
     add("--precision", metavar="MODE", help="fp8, bf16 or fp32 (default: the configuration's)")
-    add("--recipe", help="fp8 scaling: delayed, tensorwise or blockwise")
+    add("--recipe", help="fp8 scaling: delayed, tensorwise (current) or blockwise")
     add("--backend", help="auto, reference, triton or te (default: the configuration's)")
     add(
         "--seq-length",

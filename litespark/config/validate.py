@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from litespark.config.schema import RunConfig
+from litespark.config.schema import PrecisionConfig, RunConfig
 from litespark.errors import UserError, raise_user_errors
 
 
@@ -24,6 +24,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_model(config),
         *_check_backend(config),
         *_check_precision(config),
+        *_check_fp8_options(config),
         *_check_pipeline(config, world_size),
         *_check_batch(config, world_size),
         *_check_lengths(config),
@@ -174,6 +175,28 @@ def _check_precision(config: RunConfig) -> Iterator[UserError]:
                 f"precision.mode = fp8 ({precision.recipe})",
                 f"needs multiples of {unit}, and {name} is {size}",
                 f"Change it to a multiple of {unit}, or set precision.mode=bf16.",
+            )
+
+
+def _check_fp8_options(config: RunConfig) -> Iterator[UserError]:
+    """Options without effect under this recipe and backend: whoever sets one expects one."""
+    precision, is_te = config.precision, config.model.backend == "te"
+    if precision.mode != "fp8":
+        return
+    recipe = precision.recipe
+    where = f"precision.recipe = {recipe}" + (" and model.backend = te" if is_te else "")
+    options = (
+        ("margin", recipe == "delayed" or (recipe == "tensorwise" and not is_te)),
+        ("fc1_output", precision.fc1_output != "fp8" or (recipe == "delayed" and not is_te)),
+        ("fast_accumulation", recipe != "blockwise" and not is_te),
+    )
+    for name, has_effect in options:
+        value, default = getattr(precision, name), PrecisionConfig.model_fields[name].default
+        if value != default and not has_effect:
+            yield UserError(
+                f"precision.{name} = {value}",
+                f"has no effect with {where}",
+                f"Set precision.{name}={default}, or another recipe or backend.",
             )
 
 

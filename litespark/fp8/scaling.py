@@ -7,7 +7,8 @@ the gradient of its output.  Two recipes give a point its scale:
   has to be known before the tensor can be written;
 - delayed: the largest value of the steps before predicts this step's, so that the kernel that
   computes the tensor can write it in FP8 at once, and records the largest value on its way.  What
-  exceeds the prediction saturates; the next step knows.
+  exceeds the prediction saturates; the next step knows.  A point that has seen no finite value but
+  zero has nothing to predict from, and current scales.
 
 The scales of all delayed points stand in one tensor: recording a step, agreeing over the ranks
 that share a scale and computing the next scales are a handful of small kernels a step.
@@ -17,6 +18,7 @@ Source: Micikevicius et al. 2022, arXiv 2209.05433; the rule is Transformer Engi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +37,7 @@ class Scaling:
     Args:
         delayed: whether scales come from earlier steps; else every tensor gets its own.
         history_steps: optimizer steps whose largest values are remembered.
-        margin: scales are lowered by 2^margin.
+        margin: scales of points are lowered by 2^margin; weights, which have no point, are not.
     """
 
     def __init__(self, *, delayed: bool, history_steps: int = 16, margin: int = 0) -> None:
@@ -70,24 +72,33 @@ class Scaling:
     def end_step(self, group: ProcessGroup | None) -> None:
         """Record this step's largest values and compute the next step's scales.
 
-        `group` holds the ranks that share scales: tensor, context and data parallel.
+        What is not finite predicts nothing, and is recorded as 0: one bad step leaves the scale to
+        the others.  `group` holds the ranks that share scales: tensor, context and data parallel.
         """
         if not self.delayed or not self.points:
             return
+        self.amax_p.nan_to_num_(nan=0.0, posinf=0.0)  # before a rank's infinity hides the others
         if group is not None and group.size() > 1:
             dist.all_reduce(self.amax_p, op=dist.ReduceOp.MAX, group=group)
         self.history_tp.copy_(self.history_tp.roll(1, dims=0))
         self.history_tp[0] = self.amax_p
         self.amax_p.zero_()
         self._compute_scales()
+        self._note_new_histories()
+
+    def _note_new_histories(self) -> None:
+        """Waits for the device, but only while a point that is used has no history yet."""
+        new = [point for point in self.points if point.was_used and not point.has_history]
+        if new:
+            has_history_p = (self.history_tp.amax(dim=0) > 0).tolist()
+            for point in new:
+                point.has_history = has_history_p[point.index]
         for point in self.points:
-            point.has_history |= point.was_used
             point.was_used = False
 
     def _compute_scales(self) -> None:
         largest_p = self.history_tp.amax(dim=0)
-        usable_p = (largest_p > 0) & largest_p.isfinite()
-        scale_p = torch.where(usable_p, self._limit_p / largest_p, self.scale_p)
+        scale_p = torch.where(largest_p > 0, self._limit_p / largest_p, self.scale_p)
         # A tensor of denormal values must end neither in an infinite scale nor in a zero for its
         # reciprocal.
         self.scale_p.copy_(scale_p.clamp(max=LARGEST_SCALE))
@@ -108,7 +119,7 @@ class Scaling:
     def state(self) -> dict[str, list[float]]:
         """History and running largest value of each point by name, for checkpoints.
 
-        What is not finite, and so made no scale, is stored as 0, which makes none either.
+        What is not finite is stored as 0, as `end_step` records it.
         """
         largest = torch.cat([self.amax_p[None], self.history_tp])
         columns = largest.nan_to_num(nan=0.0, posinf=0.0).t().tolist()
@@ -122,12 +133,13 @@ class Scaling:
             values = state.get(point.name)
             if not values:
                 continue
-            amax, *history = values[: self.history_steps + 1]
+            finite = [value if 0.0 < value < math.inf else 0.0 for value in values]
+            amax, *history = finite[: self.history_steps + 1]
             self.amax_p[point.index] = amax
             self.history_tp[: len(history), point.index] = torch.tensor(
                 history, device=self.history_tp.device
             )
-            point.has_history = True
+            point.has_history = any(history)
         self._compute_scales()
 
 
@@ -161,6 +173,8 @@ class Point:
         if amax is None:
             amax = torch.zeros(1, device=values.device)
             raise_amax(values, amax)
+        if self.scaling.margin:
+            amax = amax * 2.0**self.scaling.margin
         scale, scale_inv = current_scale(amax, self.dtype)
         record = self.scaling.amax_p[self.index : self.index + 1]
         self.was_used = True

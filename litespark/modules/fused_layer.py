@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -96,8 +97,10 @@ def _cos_sin(rotary_s11d: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles, fp32 [s, d/2], kept on the tensor: all layers share it."""
     found = getattr(rotary_s11d, "cos_sin_sr", None)
     if found is None:
-        # Both halves of a head turn by the same angles.
-        angles_sr = rotary_s11d[:, 0, 0, : rotary_s11d.size(-1) // 2].float()
-        found = angles_sr.cos(), angles_sr.sin()
+        # Training may need what inference made first, and could not keep it for backward.
+        with torch.inference_mode(False):
+            # Both halves of a head turn by the same angles.
+            angles_sr = rotary_s11d[:, 0, 0, : rotary_s11d.size(-1) // 2].float()
+            found = angles_sr.cos(), angles_sr.sin()
         rotary_s11d.cos_sin_sr = found  # type: ignore[attr-defined]
     return found

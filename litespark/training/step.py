@@ -89,7 +89,10 @@ def evaluate_samples(run: TrainingRun, samples: SampleSource | None, num_steps: 
 
 
 def mean_loss(loss_and_tokens: Tensor) -> float:
-    """Loss per token over the whole global batch, from each rank's part; a collective call."""
+    """Loss per token over the whole global batch, from each rank's part; a collective call.
+
+    0 where no token counts, as the gradient then is.
+    """
     total = loss_and_tokens.clone()
     # Typed loosely upstream, as one group or several.
     replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -98,7 +101,7 @@ def mean_loss(loss_and_tokens: Tensor) -> float:
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(total, src=last_stage, group=stages)
     loss_sum, num_tokens = total.tolist()
-    return loss_sum / num_tokens
+    return loss_sum / num_tokens if num_tokens else 0.0
 
 
 def set_learning_rate(run: TrainingRun, rate: float) -> None:

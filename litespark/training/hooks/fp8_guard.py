@@ -53,7 +53,8 @@ class Fp8Guard(Hook):
         errors: dict[int, Tensor] = {}
         with _bf16_with_errors(_fp8_layers(run), errors):
             bf16_loss = _probe(run)
-        gap = abs(fp8_loss - bf16_loss) / bf16_loss
+        # A batch without labels has a loss of 0 in both.
+        gap = abs(fp8_loss - bf16_loss) / (bf16_loss or 1.0)
         everywhere = _largest(
             gather_objects({number: float(error) for number, error in errors.items()})
         )
