@@ -38,6 +38,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from litespark.data.indexed import DocumentSpan
 from litespark.utils.choice_cache import cache_path
 from litespark.utils.files import atomic_write
 
@@ -67,13 +68,13 @@ class EpochOrder:
 
 @dataclass(frozen=True, eq=False)
 class OrderRequest:
-    """Which order is wanted: of the documents [start, stop) of a shard, with `lengths_tokens`
-    [stop - start] int64, in `samples` samples of `sequence_length`, for a seed and an epoch.
+    """Which order is wanted: of the documents [start, stop) of a shard, whose lengths `span`
+    reads, in `samples` samples of `sequence_length`, for a seed and an epoch.
     """
 
     prefix: str
     document_range: tuple[int, int]
-    lengths_tokens: IntArray
+    span: DocumentSpan
     sequence_length: int
     samples: int
     seed: int
@@ -81,16 +82,17 @@ class OrderRequest:
 
     def build(self) -> EpochOrder:
         """Compute the order in memory: some 40 bytes a document at its peak."""
-        documents = _random_order(self.seed, self.epoch, _DOCUMENTS, len(self.lengths_tokens))
-        ends_tokens = self.lengths_tokens[documents]
+        documents = _random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
+        ends_tokens = self.span.lengths_tokens()[documents]
         np.cumsum(ends_tokens, out=ends_tokens)
         samples = _random_order(self.seed, self.epoch, _SAMPLES, self.samples)
         return EpochOrder(documents, ends_tokens, samples)
 
     def key(self) -> bytes:
         """SHA-256 of all that the order depends on."""
-        lengths = np.ascontiguousarray(self.lengths_tokens, dtype="<i8")
-        digest = hashlib.sha256(lengths.data)
+        digest = hashlib.sha256()
+        for lengths in self.span.blocks():
+            digest.update(_as_stored(lengths).data)
         digest.update(f"{_VERSION} {self.sequence_length} {self.seed} {self.epoch}".encode())
         return digest.digest()
 
@@ -261,7 +263,7 @@ def _map(path: Path, request: OrderRequest, key: bytes, check_tables: bool) -> E
     Raises:
         _Damaged: it is not whole, or another request's.
     """
-    documents, samples = len(request.lengths_tokens), request.samples
+    documents, samples = len(request.span), request.samples
     count = _WORDS + 2 * documents + samples
     try:
         size_bytes = path.stat().st_size
