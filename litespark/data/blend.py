@@ -28,6 +28,7 @@ from litespark.data.corpus import Corpus
 from litespark.data.indexed import IndexedReader
 from litespark.data.manifest import read_manifest
 from litespark.data.sample_index import IndexCache
+from litespark.data.verify import check_counts
 from litespark.errors import UserError
 
 Part = Literal["train", "validation", "test"]
@@ -171,6 +172,9 @@ def open_blend(
     corpora = []
     for prefix, _ in entries:
         reader = IndexedReader(prefix)
+        manifest = read_manifest(prefix)
+        if manifest is not None:
+            check_counts(prefix, reader.index, manifest)
         first, last = (round(bound * reader.documents) for bound in bounds)
         if first == last:
             raise UserError(

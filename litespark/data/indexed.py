@@ -187,7 +187,7 @@ class IndexedReader:
     """Read documents of a shard through memory maps; safe to fork, and pickled as its prefix.
 
     Attributes:
-        documents, tokens: counts; `dtype`: the stored type.
+        documents, tokens: counts; `dtype`: the stored type; `index`: the tables.
 
     Raises:
         UserError: when a file is missing, is not such a file, or the two do not belong together.
@@ -195,12 +195,12 @@ class IndexedReader:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        self._index = open_index(self.prefix)
+        self.index = open_index(self.prefix)
         where = str(bin_path(self.prefix))
-        if self._index.tokens == 0:
+        if self.index.tokens == 0:
             raise UserError(where, "the shard holds no tokens", "Use one with documents.")
-        self.dtype = self._index.dtype
-        self.tokens, self.documents = self._index.tokens, self._index.documents
+        self.dtype = self.index.dtype
+        self.tokens, self.documents = self.index.tokens, self.index.documents
         self._tokens = np.frombuffer(map_file(bin_path(self.prefix)), dtype=self.dtype)
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> TokenArray:
@@ -211,7 +211,7 @@ class IndexedReader:
         """
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
-        first, end = self._index.token_start(document), self._index.token_start(document + 1)
+        first, end = self.index.token_start(document), self.index.token_start(document + 1)
         available = end - first - start
         wanted = available if length is None else length
         if start < 0 or not 0 <= wanted <= available:
@@ -244,7 +244,7 @@ class DocumentSpan:
         if not 0 <= start <= stop <= reader.documents:
             raise ValueError(f"document range {(start, stop)} of {reader.documents} documents")
         self.start, self.stop = start, stop
-        self._index = reader._index
+        self._index = reader.index
         self.tokens = self._index.token_start(stop) - self._index.token_start(start)
 
     def __len__(self) -> int:
