@@ -60,6 +60,7 @@ def test_merged_bytes_are_those_of_one_job(written, tmp_path, capsys, monkeypatc
     whole = written / "whole_text_document"
     assert files_of(out) == files_of(whole)
     expected, found = read_manifest(whole), read_manifest(out)
+    assert found is not None
     assert found == expected
     assert f"{found.files.tokens:,} ({found.files.bin_bytes:,} bytes)" in capsys.readouterr().out
     assert main(["data", "verify", str(out)]) == 0
