@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from litespark.cli.arguments import add_command
+from litespark.cli.data_copy import add_copy_parser
 from litespark.cli.data_head import add_head_parser
 from litespark.cli.data_index import add_index_parser
 from litespark.cli.data_merge import add_merge_parser
@@ -72,6 +73,7 @@ def add_parser(subparsers: Any) -> None:
     add_stats_parser(actions)
     add_head_parser(actions)
     add_merge_parser(actions)
+    add_copy_parser(actions)
     add_index_parser(actions)
 
 

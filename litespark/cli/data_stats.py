@@ -93,7 +93,7 @@ def run_stats(args: argparse.Namespace) -> int:
 def _shard_lines(shard: ShardStatistics) -> list[str]:
     lines = [
         shard.prefix,
-        f"  tokenizer   {shard.tokenizer or 'not known: no manifest'}",
+        f"  tokenizer   {_shown(shard.tokenizer) or 'not known: no manifest'}",
         f"  stored as   {shard.token_type}, {shard.bin_bytes:,} bytes",
         *_count_lines(shard.lengths),
     ]
@@ -103,7 +103,7 @@ def _shard_lines(shard: ShardStatistics) -> list[str]:
         width = max(len(f"{source.tokens:,}") for source in ordered)
         tokens = max(shard.lengths.tokens, 1)
         lines += [
-            f"    {source.tokens:>{width},}  {source.tokens / tokens:6.1%}  {source.name}"
+            f"    {source.tokens:>{width},}  {source.tokens / tokens:6.1%}  {_shown(source.name)}"
             for source in ordered[:_SOURCES_SHOWN]
         ]
         if len(ordered) > _SOURCES_SHOWN:
@@ -127,6 +127,11 @@ def _count_lines(lengths: LengthCounts) -> list[str]:
         f"  percentiles {percentiles}",
         *(f"  {line}" for line in terminal_histogram(lengths, sys.stdout.encoding)),
     ]
+
+
+def _shown(text: str) -> str:
+    """A file's name may hold what no terminal shows, or what it takes for a command."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _shard_as_json(shard: ShardStatistics) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from litespark.data.storage import is_remote
 from litespark.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -151,6 +152,12 @@ def open_index(prefix: str | os.PathLike[str]) -> ShardIndex:
         UserError: when a file is missing, is not such a file, or the two do not belong together.
         OSError: when a file is there but cannot be read.
     """
+    if is_remote(prefix):
+        raise UserError(
+            os.fspath(prefix),
+            "is in a store, and shards are read from the disk",
+            f"Fetch it first: litespark data copy {os.fspath(prefix)} FOLDER.",
+        )
     path, data_path = idx_path(prefix), bin_path(prefix)
     size_bytes, data_bytes = (_file_size(file, os.fspath(prefix)) for file in (path, data_path))
     with open(path, "rb") as file:

@@ -12,7 +12,6 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from litespark.data.index_file import (
     unreadable_shard,
 )
 from litespark.data.indexed import ShardFiles
-from litespark.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from litespark.data.manifest import Manifest, read_manifest
 from litespark.data.output import (
     check_output_name,
     disk_error,
@@ -38,9 +37,10 @@ from litespark.data.output import (
     refuse_existing,
     unusable_output,
 )
+from litespark.data.publish import publish_shard
 from litespark.data.verify import bin_blocks, changed_bytes, check_counts
 from litespark.errors import UserError
-from litespark.utils.files import HashingFile, rename_durably, sha256_of_file, temporary_name
+from litespark.utils.files import HashingFile, sha256_of_file, temporary_name
 from litespark.version import __version__
 
 
@@ -96,7 +96,7 @@ def merge_shards(
         _write_tables([shard.index for shard in shards], idx_file)
         files = _seal(shards, bin_file, idx_file)
         manifest = _merged_manifest(shards, files)
-        _publish(output_prefix, manifest, bin_file, idx_file)
+        publish_shard(output_prefix, manifest, bin_file, idx_file)
         return MergedShard(files, manifest)
     except OSError as error:  # inputs raise UserError, so what is left is the output
         raise disk_error(output_prefix, error) from error
@@ -278,19 +278,3 @@ def _merged_manifest(shards: Sequence[_Input], files: ShardFiles) -> Manifest | 
         replaced_surrogates=sum(manifest.replaced_surrogates for manifest in manifests),
         litespark_version=__version__,
     )
-
-
-def _publish(
-    prefix: str, manifest: Manifest | None, bin_file: HashingFile, idx_file: HashingFile
-) -> None:
-    """Name the manifest, then `.bin`, then `.idx`: whoever sees the index sees all of it."""
-    try:
-        if manifest is not None:
-            write_manifest(prefix, manifest)
-        rename_durably(bin_file.path, bin_path(prefix))
-        rename_durably(idx_file.path, idx_path(prefix))
-    except BaseException:
-        for path in (idx_path(prefix), bin_path(prefix), manifest_path(prefix)):
-            with suppress(FileNotFoundError):
-                path.unlink()
-        raise

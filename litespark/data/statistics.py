@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litespark.data.index_file import open_index, unreadable_shard
-from litespark.data.manifest import read_manifest
+from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.verify import check_counts
 from litespark.errors import UserError
 
@@ -119,7 +119,13 @@ def shard_statistics(prefix: str) -> ShardStatistics:
         raise UserError(f"{prefix}.idx", "describes no document", "Name a shard with documents.")
     sources, first = [], 0
     for source in manifest.sources if manifest is not None else ():
-        last = min(first + source.documents, index.documents)
+        last = first + source.documents
+        if not first <= last <= index.documents:
+            raise UserError(
+                str(manifest_path(prefix)),
+                f"gives its sources other documents than the {index.documents:,} that there are",
+                "Copy the file again, or remove it to do without the sources.",
+            )
         tokens = index.token_start(last) - index.token_start(first)
         sources.append(SourceTokens(source.name, source.documents, tokens))
         first = last
