@@ -29,7 +29,7 @@ from litespark.data.index_file import (
     unreadable_shard,
 )
 from litespark.data.indexed import ShardFiles
-from litespark.data.manifest import Manifest, read_manifest
+from litespark.data.manifest import FORMAT_VERSION, Manifest, read_manifest
 from litespark.data.output import (
     check_output_name,
     disk_error,
@@ -277,4 +277,5 @@ def _merged_manifest(shards: Sequence[_Input], files: ShardFiles) -> Manifest | 
         skipped_bad_lines=sum(manifest.skipped_bad_lines for manifest in manifests),
         replaced_surrogates=sum(manifest.replaced_surrogates for manifest in manifests),
         litespark_version=__version__,
+        format_version=FORMAT_VERSION,
     )

@@ -17,7 +17,7 @@ from litespark.errors import LitesparkError, MissingExtraError, UserError
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl, write_shard
 
 pytest.importorskip("s3fs", reason="the extra 's3' is not installed")
-moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
 
 BUCKET = "s3://shelf"
 
