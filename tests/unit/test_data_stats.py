@@ -173,3 +173,16 @@ def test_head_without_a_manifest_refuses_ids_that_the_tokenizer_lacks(capsys, wr
     code, out, errors = run(capsys, "head", tmp_path / "a", "--tokenizer", written / "tokenizer")
     assert (code, out) == (2, "")
     assert "holds token ids from 0 to 2,999" in errors
+
+
+@pytest.mark.parametrize("documents", [-1, 4])
+def test_sources_that_do_not_fit_the_shard_are_refused(capsys, written, tmp_path, documents):
+    for path in written.glob("p_text_document.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = tmp_path / "p_text_document.json"
+    value = json.loads(manifest.read_text())
+    value["sources"][0]["documents"] = documents
+    manifest.write_text(json.dumps(value))
+    code, out, errors = run(capsys, "stats", tmp_path / "p_text_document")
+    assert (code, out) == (2, "")
+    assert f"{manifest}: gives its sources other documents than the 4" in errors
