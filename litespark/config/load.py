@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from litespark.config.presets import PRESETS
 from litespark.config.schema import RunConfig
 from litespark.errors import UserError, raise_user_errors
 
@@ -148,9 +147,11 @@ def _explain(detail: Any, file: Path, lines: dict[Path_, int]) -> UserError:
         return UserError(f"{prefix}{name}", "is missing", f"{_describe(path)}")
     where = f"{prefix}{name} = {_short(value)}"
     if kind == "unknown_preset":
-        known = ", ".join(PRESETS)
+        known = detail["ctx"]["known"]
         return UserError(
-            where, "is no known preset", f"{_nearest(str(value), PRESETS)}Known: {known}."
+            where,
+            "is no known preset",
+            f"{_nearest(str(value), known)}Known: {', '.join(known)}.",
         )
     if kind == "extra_forbidden":
         return _unknown_key(prefix, path)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from litespark.config.blends import expand_blend
 from litespark.config.presets import PRESETS
 
 
@@ -95,7 +96,7 @@ class ModelConfig(Section):
         preset = values.get("preset")
         if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
             raise PydanticCustomError(
-                "unknown_preset", "{preset}", {"preset": str(preset), "field": "preset"}
+                "unknown_preset", "{preset}", {"preset": str(preset), "known": list(PRESETS)}
             )
         filled: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **values}
         heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
@@ -219,7 +220,11 @@ class BlendEntry(Section):
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    blend: tuple[BlendEntry, ...] = Field(strict=False, description="Corpora and their weights.")
+    blend: tuple[BlendEntry, ...] = Field(
+        strict=False,
+        description="Corpora and their weights, a list of {prefix, weight}; or {preset: "
+        "slimpajama, prefix: P}: that mix of the shards P_<sub-source>_text_document.",
+    )
     split: tuple[float, float, float] = Field(
         default=(99.0, 1.0, 0.0),
         strict=False,
@@ -235,6 +240,11 @@ class DataConfig(Section):
         description="Folder of the sample indices; null: `<prefix>_index` beside each shard or, "
         "where that cannot be written, litespark/index in $XDG_CACHE_HOME or ~/.cache.",
     )
+
+    @field_validator("blend", mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        return expand_blend(value) if isinstance(value, dict) else value
 
 
 class BatchConfig(Section):

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from litespark.data.corpus import Corpus
-from litespark.data.indexed import IndexedReader
+from litespark.data.indexed import IndexedReader, bin_path, idx_path
 from litespark.data.manifest import read_manifest
 from litespark.data.sample_index import IndexCache
+from litespark.data.verify import check_counts
 from litespark.errors import UserError
 
 Part = Literal["train", "validation", "test"]
@@ -168,9 +169,13 @@ def open_blend(
     if not entries:
         raise UserError("data.blend", "names no shard", "Add an entry with a prefix and a weight.")
     weights = normalized_weights([weight for _, weight in entries])
+    _require_shards([prefix for prefix, _ in entries])
     corpora = []
     for prefix, _ in entries:
         reader = IndexedReader(prefix)
+        manifest = read_manifest(prefix)
+        if manifest is not None:
+            check_counts(prefix, reader.index, manifest)
         first, last = (round(bound * reader.documents) for bound in bounds)
         if first == last:
             raise UserError(
@@ -180,6 +185,17 @@ def open_blend(
             )
         corpora.append(Corpus(reader, (first, last), sequence_length, seed, index_cache))
     return Blend(corpora, weights)
+
+
+def _require_shards(prefixes: Sequence[str]) -> None:
+    """Name all shards of a blend that are missing; one alone is explained where it is opened."""
+    missing = [p for p in prefixes if not (bin_path(p).exists() or idx_path(p).exists())]
+    if len(missing) > 1:
+        raise UserError(
+            "data.blend",
+            f"names {len(prefixes)} shards, and {len(missing)} are not there: {', '.join(missing)}",
+            "Write them with litespark preprocess, mend the prefixes, or take them out.",
+        )
 
 
 def _split_bounds(split: tuple[float, float, float]) -> tuple[tuple[float, float], ...]:

@@ -56,16 +56,14 @@ class Corpus:
     ) -> None:
         start, stop = document_range
         reader = prefix if isinstance(prefix, IndexedReader) else IndexedReader(prefix)
-        if not 0 <= start <= stop <= reader.documents:
-            raise ValueError(f"document range {document_range} of {reader.documents} documents")
         self.prefix = reader.prefix
         self.document_range = (start, stop)
         self.sequence_length = sequence_length
         self.seed = seed
         self._reader = reader
         self._index_cache = index_cache
-        self._lengths_tokens = reader.document_lengths_tokens[start:stop]
-        self.tokens = int(self._lengths_tokens.sum())
+        self._documents = reader.span(start, stop)
+        self.tokens = self._documents.tokens
         if self.tokens < sequence_length + 1:
             raise UserError(
                 f"{self.prefix}, documents {start}..{stop}",
@@ -95,9 +93,9 @@ class Corpus:
             document = int(epoch.documents[place])
             end_token = int(epoch.ends_tokens[place])
             length = min(end_token - first_token, len(sample) - filled)
-            offset = first_token - (end_token - int(self._lengths_tokens[document]))
-            tokens = self._reader.read(self.document_range[0] + document, offset, length)
-            sample[filled : filled + length] = tokens
+            tokens = self._reader.read(self.document_range[0] + document)
+            offset = len(tokens) - (end_token - first_token)
+            sample[filled : filled + length] = tokens[offset : offset + length]
             filled += length
             first_token += length
             place += 1
@@ -108,7 +106,7 @@ class Corpus:
         return OrderRequest(
             self.prefix,
             self.document_range,
-            self._lengths_tokens,
+            self._documents,
             self.sequence_length,
             self.samples_per_epoch,
             self.seed,

@@ -1,19 +1,9 @@
-"""Megatron's indexed format, `.bin` + `.idx`: written byte for byte alike, and read with suspicion.
+"""Documents written to and read from a shard, Megatron's `.bin` + `.idx`, byte for byte alike.
 
-`.bin` is the token ids of all documents one after another, no header.  `.idx`, little-endian:
-
-    9 bytes   MMIDIDX\\0\\0
-    u64       version = 1
-    u8        code of the token type (8 uint16, 4 int32)
-    u64, u64  S, sequences; D, document indices = documents + 1
-    S x i32   length of each sequence in tokens
-    S x i64   its offset in `.bin` in bytes
-    D x i64   first sequence of each document, and S at the end
-
-so its size is 34 + 12 S + 8 D.  An empty document repeats a document index and has no sequence.
-The format has no checksum; the reader therefore recomputes every redundancy it does have (sizes,
-offsets from lengths, order of the document indices), which is what stands between a wrong file
-and silent nonsense.
+`index_file` describes the two files.  The writer streams: it holds 4 bytes a document, and its
+files appear whole or not at all.  The reader maps both files and copies nothing: opening reads the
+`.idx` once to check it, and after that a process holds the pages that it touches, which all
+processes of a machine share.
 """
 
 from __future__ import annotations
@@ -24,48 +14,36 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from litespark.data.index_file import (
+    ROWS_AT_ONCE,
+    TokenArray,
+    bin_path,
+    idx_path,
+    map_file,
+    open_index,
+    pack_header,
+    token_type,
+    unreadable_shard,
+)
 from litespark.errors import UserError
 from litespark.utils.files import HashingFile, rename_durably, temporary_name
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER_BYTES = 34
-_HEADER = struct.Struct("<9sQBQQ")
-# Floats (codes 6 and 7) belong to the format but cannot be token ids.
-_TYPE_OF_CODE: dict[int, type[np.integer[Any]]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-_CODE_OF_TYPE = {token_type: code for code, token_type in _TYPE_OF_CODE.items()}
-_MAX_UINT16_VOCAB_SIZE = 65500  # exclusive; megatron-core's bound, not 65536
-ROWS_AT_ONCE = 1 << 20  # index rows converted or checked at a time, to bound memory
-
-TokenArray = npt.NDArray[np.integer[Any]]
-
-
-def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """Return `<prefix>.bin`."""
-    return Path(f"{os.fspath(prefix)}.bin")
-
-
-def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """Return `<prefix>.idx`."""
-    return Path(f"{os.fspath(prefix)}.idx")
-
-
-def token_type(vocab_size: int) -> type[np.integer[Any]]:
-    """Return the type that megatron-core stores ids of this vocabulary in: uint16 or int32."""
-    return np.uint16 if vocab_size < _MAX_UINT16_VOCAB_SIZE else np.int32
+__all__ = [
+    "DocumentSpan",
+    "IndexedReader",
+    "IndexedWriter",
+    "ShardFiles",
+    "TokenArray",
+    "bin_path",
+    "idx_path",
+    "open_index",
+    "token_type",
+    "unreadable_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -182,12 +160,9 @@ class IndexedWriter:
             self.discard()
 
 
-def pack_header(dtype: np.dtype[Any], sequences: int, entries: int) -> bytes:
-    """Return the header of an `.idx` with S `sequences` and D `entries`."""
-    return _HEADER.pack(MAGIC, VERSION, _CODE_OF_TYPE[dtype.type], sequences, entries)
-
-
-def _write_index(file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+def _write_index(
+    file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[np.integer]
+) -> None:
     """Write the header and the tables of `.idx`; `lengths` [documents], 0 for an empty one."""
     sequences = int(np.count_nonzero(lengths))
     file.write(pack_header(dtype, sequences, len(lengths) + 1))
@@ -212,8 +187,7 @@ class IndexedReader:
     """Read documents of a shard through memory maps; safe to fork, and pickled as its prefix.
 
     Attributes:
-        documents, tokens: counts; `dtype`: the stored type.
-        document_lengths_tokens: int64 [documents], 0 for an empty document.
+        documents, tokens: counts; `dtype`: the stored type; `index`: the tables.
 
     Raises:
         UserError: when a file is missing, is not such a file, or the two do not belong together.
@@ -221,18 +195,13 @@ class IndexedReader:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        index = open_index(self.prefix)
-        if index.tokens == 0:
-            where = str(bin_path(self.prefix))
+        self.index = open_index(self.prefix)
+        where = str(bin_path(self.prefix))
+        if self.index.tokens == 0:
             raise UserError(where, "the shard holds no tokens", "Use one with documents.")
-        self.dtype = index.dtype
-        self._tokens = np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r")
-        self.tokens = len(self._tokens)
-        starts = np.zeros(len(index.lengths) + 1, dtype=np.int64)
-        np.cumsum(index.lengths, out=starts[1:])
-        self._document_starts = starts[index.document_indices]
-        self.documents = index.documents
-        self.document_lengths_tokens: npt.NDArray[np.int64] = np.diff(self._document_starts)
+        self.dtype = self.index.dtype
+        self.tokens, self.documents = self.index.tokens, self.index.documents
+        self._tokens = np.frombuffer(map_file(bin_path(self.prefix)), dtype=self.dtype)
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> TokenArray:
         """Return a view of `length` tokens of a document from `start`, to its end when None.
@@ -242,12 +211,21 @@ class IndexedReader:
         """
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
-        available = int(self.document_lengths_tokens[document]) - start
+        first, end = self.index.token_start(document), self.index.token_start(document + 1)
+        available = end - first - start
         wanted = available if length is None else length
         if start < 0 or not 0 <= wanted <= available:
             raise IndexError(f"tokens {start}..{start + wanted} of document {document}")
-        first = int(self._document_starts[document]) + start
-        return self._tokens[first : first + wanted]
+        return self._tokens[first + start : first + start + wanted]
+
+    def span(self, start: int = 0, stop: int | None = None) -> DocumentSpan:
+        """Return the documents [start, stop) as one piece, to the shard's end when None."""
+        return DocumentSpan(self, start, self.documents if stop is None else stop)
+
+    @property
+    def document_lengths_tokens(self) -> npt.NDArray[np.int64]:
+        """The length of each document, int64 [documents], made anew at each use."""
+        return self.span().lengths_tokens()
 
     def __getstate__(self) -> dict[str, str]:
         return {"prefix": self.prefix}
@@ -256,136 +234,31 @@ class IndexedReader:
         self.__init__(state["prefix"])
 
 
-def _file_size(path: Path, prefix: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(
-            str(path),
-            "the file of this shard is missing" if not path.exists() else str(error.strerror),
-            f"Give the prefix of an existing pair {prefix}.bin and {prefix}.idx "
-            "(without the suffix), or write it with litespark preprocess.",
-        ) from error
+class DocumentSpan:
+    """The lengths of a run of documents of a shard, read from its index when they are asked for.
 
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The checked tables of an `.idx`, memory-mapped: `lengths` [S] in tokens, `pointers` [S] in
-    bytes, `document_indices` [D].
+    `len` is the number of documents, `tokens` their sum.
     """
 
-    dtype: np.dtype[Any]
-    lengths: npt.NDArray[np.int32]
-    pointers: npt.NDArray[np.int64]
-    document_indices: npt.NDArray[np.int64]
-    bin_bytes: int
+    def __init__(self, reader: IndexedReader, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= reader.documents:
+            raise ValueError(f"document range {(start, stop)} of {reader.documents} documents")
+        self.start, self.stop = start, stop
+        self._index = reader.index
+        self.tokens = self._index.token_start(stop) - self._index.token_start(start)
 
-    @property
-    def documents(self) -> int:
-        """Documents, the empty ones included."""
-        return len(self.document_indices) - 1
+    def __len__(self) -> int:
+        return self.stop - self.start
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all documents."""
-        return self.bin_bytes // self.dtype.itemsize
+    def blocks(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the lengths in tokens, in order, some at a time to bound memory."""
+        return self._index.document_lengths(self.start, self.stop)
 
-    def document_lengths(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the documents' lengths in tokens, in order, some at a time to bound memory."""
-        for first in range(0, self.documents, ROWS_AT_ONCE):
-            sequences = self.document_indices[first : first + ROWS_AT_ONCE + 1]
-            starts = np.full(len(sequences), self.bin_bytes, dtype=np.int64)
-            inside = sequences < len(self.pointers)  # past the last sequence is the end of .bin
-            starts[inside] = self.pointers[sequences[inside]]
-            yield np.diff(starts) // self.dtype.itemsize
-
-
-def open_index(prefix: str | os.PathLike[str]) -> ShardIndex:
-    """Map the index of a shard after all checks of its structure; the shard may hold no tokens.
-
-    Raises:
-        UserError: when a file is missing, is not such a file, or the two do not belong together.
-        OSError: when a file is there but cannot be read.
-    """
-    path, data_path = idx_path(prefix), bin_path(prefix)
-    size_bytes, data_bytes = (_file_size(file, os.fspath(prefix)) for file in (path, data_path))
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
-    dtype, sequences, entries = _parse_header(path, header)
-    expected = HEADER_BYTES + 12 * sequences + 8 * entries
-    if size_bytes != expected:
-        problem = "it is cut short" if size_bytes < expected else "something follows its end"
-        raise _damaged(
-            path, f"has {size_bytes} bytes where its header asks for {expected}: {problem}"
-        )
-    table = np.memmap(path, dtype=np.uint8, mode="r")
-    lengths = table[HEADER_BYTES : HEADER_BYTES + 4 * sequences].view("<i4")
-    pointers_end = HEADER_BYTES + 12 * sequences
-    pointers = table[HEADER_BYTES + 4 * sequences : pointers_end].view("<i8")
-    documents = table[pointers_end:].view("<i8")
-    total_bytes = _check_pointers(path, lengths, pointers, dtype.itemsize)
-    _check_document_indices(path, documents, sequences)
-    if total_bytes != data_bytes:
-        raise UserError(
-            str(data_path),
-            f"has {data_bytes} bytes where {path.name} describes {total_bytes}: "
-            "it is cut short, has grown, or the .idx belongs to another .bin",
-            "Put the two files of one shard together again, or write the shard again.",
-        )
-    return ShardIndex(dtype, lengths, pointers, documents, data_bytes)
-
-
-def unreadable_shard(prefix: str | os.PathLike[str], error: OSError) -> UserError:
-    """Return what to tell the user about a shard whose files the system does not let us read."""
-    return UserError(
-        str(error.filename or prefix),
-        f"cannot be read ({error.strerror or error})",
-        "Name a shard's prefix, and check that you may read its files.",
-    )
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(str(path), problem, "Copy the file again, or write the shard again.")
-
-
-def _parse_header(path: Path, header: bytes) -> tuple[np.dtype[Any], int, int]:
-    if not header.startswith(MAGIC):
-        raise UserError(
-            str(path),
-            "is not a Megatron index (it does not begin with MMIDIDX)",
-            "Give the prefix of a shard written by litespark preprocess or Megatron-LM.",
-        )
-    if len(header) < HEADER_BYTES:
-        raise _damaged(path, f"ends inside its header, after {len(header)} bytes")
-    _, version, code, sequences, entries = _HEADER.unpack(header)
-    if version != VERSION:
-        raise _damaged(path, f"has version {version}; only version {VERSION} is known")
-    if code not in _TYPE_OF_CODE:
-        raise _damaged(path, f"has the type code {code}, which is no integer type")
-    if entries < 1:
-        raise _damaged(path, "has no document index")
-    return np.dtype(_TYPE_OF_CODE[code]), sequences, entries
-
-
-def _check_pointers(path: Path, lengths: Any, pointers: Any, itemsize: int) -> int:
-    """Return the bytes that the sequences take, after checking each offset against the lengths."""
-    offset_bytes = 0
-    for first in range(0, len(lengths), ROWS_AT_ONCE):
-        sizes = lengths[first : first + ROWS_AT_ONCE].astype(np.int64) * itemsize
-        ends = offset_bytes + np.cumsum(sizes)
-        wrong = (sizes < 0) | (pointers[first : first + ROWS_AT_ONCE] != ends - sizes)
-        if wrong.any():
-            sequence = first + int(np.argmax(wrong))
-            raise _damaged(path, f"the length or offset of sequence {sequence} is corrupt")
-        offset_bytes = int(ends[-1])
-    return offset_bytes
-
-
-def _check_document_indices(path: Path, documents: Any, sequences: int) -> None:
-    if documents[0] != 0 or documents[-1] != sequences:
-        raise _damaged(path, f"its document indices do not span the {sequences} sequences")
-    for first in range(0, len(documents) - 1, ROWS_AT_ONCE):
-        steps = np.diff(documents[first : first + ROWS_AT_ONCE + 1])
-        if (steps < 0).any():
-            document = first + int(np.argmax(steps < 0))
-            raise _damaged(path, f"the index of document {document + 1} is corrupt (it goes back)")
+    def lengths_tokens(self) -> npt.NDArray[np.int64]:
+        """Return all lengths, int64 [documents]: 8 bytes a document."""
+        lengths = np.empty(len(self), dtype=np.int64)
+        done = 0
+        for block in self.blocks():
+            lengths[done : done + len(block)] = block
+            done += len(block)
+        return lengths

@@ -94,7 +94,7 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
             raise TypeError("'sources' is not a list")
         value["sources"] = tuple(_record(SourceRecord, source) for source in sources)
         return _record(Manifest, value)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             str(path),
             f"is not a manifest of a shard ({error})",

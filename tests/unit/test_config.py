@@ -206,3 +206,40 @@ def test_every_preset_is_valid():
 def test_dump_is_safe_yaml(write):
     text = dump_config(load_config(write(MINIMAL)))
     assert yaml.safe_load(text)["batch"]["global"] == 8
+
+
+def test_blend_preset_is_slimpajamas_published_mix(write):
+    text = MINIMAL.replace("[{prefix: shard}]", "{preset: slimpajama, prefix: data/slim}")
+    config = load_config(write(text))
+    assert [(entry.prefix, entry.weight) for entry in config.data.blend] == [
+        ("data/slim_RedPajamaCommonCrawl_text_document", 52.2),
+        ("data/slim_RedPajamaC4_text_document", 26.7),
+        ("data/slim_RedPajamaGithub_text_document", 5.2),
+        ("data/slim_RedPajamaArXiv_text_document", 4.6),
+        ("data/slim_RedPajamaBook_text_document", 4.2),
+        ("data/slim_RedPajamaWikipedia_text_document", 3.8),
+        ("data/slim_RedPajamaStackExchange_text_document", 3.3),
+    ]
+    assert sum(entry.weight for entry in config.data.blend) == pytest.approx(100)
+    assert load_config(write(dump_config(config))) == config
+    other = load_config(write(text), ["data.blend.json_key=content"])
+    assert other.data.blend[1].prefix == "data/slim_RedPajamaC4_content_document"
+
+
+@pytest.mark.parametrize(
+    ("blend", "words"),
+    [
+        (
+            "{preset: slimpyjama, prefix: x}",
+            ["4: data.blend.preset = 'slimpyjama'", "Did you mean 'slimpajama'? Known: slimpajama"],
+        ),
+        ("{preset: slimpajama}", ["4: data.blend = a mapping", "needs a text as prefix"]),
+        ("{preset: slimpajama, prefix: 3}", ["4: data.blend", "needs a text as prefix"]),
+        ("{prefix: x, weight: 1.0}", ["4: data.blend", "has the unknown key weight beside"]),
+    ],
+)
+def test_wrong_blend_preset_is_explained(write, blend, words):
+    with pytest.raises(UserError) as error:
+        load_config(write(MINIMAL.replace("[{prefix: shard}]", blend)))
+    for word in words:
+        assert word in str(error.value)

@@ -140,6 +140,13 @@ class TestOpenBlend:
             with pytest.raises(UserError, match=message):
                 open_blend(given_entries, split, part, 30, 1)
 
+    def test_all_missing_shards_are_named_together(self, tmp_path):
+        entries = self.entries(tmp_path)
+        entries += [(str(tmp_path / name), 1.0) for name in ("c4", "github")]
+        with pytest.raises(UserError, match="names 4 shards, and 2 are not there") as caught:
+            open_blend(entries, (1.0, 0.0, 0.0), "train", 4, 1)
+        assert f"{tmp_path}/c4, {tmp_path}/github" in str(caught.value)
+
     def test_deterministic(self, tmp_path):
         entries = self.entries(tmp_path)
         first, second = (open_blend(entries, (1.0, 0.0, 0.0), "train", 8, 5) for _ in range(2))
