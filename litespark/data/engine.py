@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # gigatoken remembers every word it has met and never forgets: some 10 bytes for each byte of text
 # that is new.  Loading the model again (50 ms) every so often is what bounds it.
-CACHE_BYTES = 100 << 20
+CACHE_BYTES = 80 << 20
 _SHOWN_CHARACTERS = 40
 
 

@@ -69,7 +69,7 @@ def preprocess(
     _check_options(options, tokenizer)
     sources = find_sources(options.inputs)
     prefix = options.output_prefix
-    _prepare_output(options)
+    prepare_output(options)
     try:
         work = WorkFolder(prefix)
     except OSError as error:
@@ -103,8 +103,13 @@ def _how_to_go_on(job: Job | None) -> str:
     return " Start again with --resume to go on where it stopped."
 
 
-def _prepare_output(options: PreprocessOptions) -> None:
-    """Refuse names that could not be written, before hours of work, and make the folder."""
+def prepare_output(options: PreprocessOptions) -> None:
+    """Refuse names that could not be written, before hours of work, and make the folder.
+
+    Raises:
+        UserError: when the prefix or a key gives no file name, or the folder cannot be made.
+        LitesparkError: when the disk is full.
+    """
     check_output_name(options.output_prefix)
     for key in options.json_keys:
         if not key or "/" in key or "\0" in key:
@@ -122,10 +127,10 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
     if options.max_errors < 0:
         raise UserError(f"--max-errors {options.max_errors}", "is negative", "Give 0 or more.")
     repeated = {key for key in options.json_keys if options.json_keys.count(key) > 1}
-    if repeated or not options.json_keys:
+    if repeated:
         raise UserError(
             f"--json-key {' '.join(options.json_keys)}",
-            f"{', '.join(sorted(repeated)) or 'no key'} is named {'twice' if repeated else ''}",
+            f"{', '.join(sorted(repeated))} is named more than once",
             "Name each key once; each gives one shard.",
         )
     for wanted, token_id, what, option in (
