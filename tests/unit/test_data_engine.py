@@ -139,7 +139,8 @@ def test_control_token_text_is_text(tokenizers, engines):
         for name in tokenizer.added_tokens:
             ids = fast_ids(engines[kind], f"a{name}b")
             assert not control & set(ids), (kind, name)
-            assert tokenizer.decode(ids) == f"a{name}b"
+            if kind != "llama_json":  # which has no decoder
+                assert tokenizer.decode(ids) == f"a{name}b"
 
 
 def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeypatch):
@@ -147,8 +148,8 @@ def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeyp
     plain = tokenizer.plain_json()
     monkeypatch.setattr(module, "EDGE_STRINGS", ())
     value = json.loads(plain)
-    left, right = next(m for m in value["model"]["merges"] if "".join(m) == "\u2581the")
-    value["model"]["merges"].remove([left, right])
+    merges = [merge for merge in value["model"]["merges"] if "".join(merge) != "\u2581the"]
+    value["model"]["merges"] = merges
     wrong = json.dumps(value).encode()
     assert reason_against(tokenizer, wrong, []) is None
     reason = reason_against(tokenizer, wrong, ["and the rest"])

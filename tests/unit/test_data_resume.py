@@ -49,6 +49,7 @@ def data(tmp_path):
 @pytest.fixture
 def commits(monkeypatch):
     """Small blocks, and a commit after each."""
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
     monkeypatch.setattr(job_module, "COMMIT_SECONDS", 0.0)
 
@@ -232,7 +233,7 @@ def test_full_disk_keeps_what_was_committed(tmp_path, data, tokenizer, monkeypat
         take(self, block, result)
 
     monkeypatch.setattr(module.Job, "take", full)
-    with pytest.raises(LitesparkError, match="No space left.*--resume to go on") as caught:
+    with pytest.raises(LitesparkError, match=r"No space left.*--resume to go on") as caught:
         preprocess(options(data, tokenizer, tmp_path / "parts" / "p"))
     assert caught.value.exit_code == 1
     monkeypatch.setattr(module.Job, "take", take)
