@@ -4,7 +4,8 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
 
 Differences from Megatron-LM's tool: documents are ended with the end-of-text token unless
---no-append-eod is given; no BOS is added, whatever the tokenizer type; --partitions is accepted
+--no-append-eod is given; no BOS is added, whatever the tokenizer type, unless --prepend-bos is
+given; --partitions is accepted
 and has no effect, because workers already share each file.
 
 The litespark package must be installed, as `make install` does into .venv: activate that, or start
@@ -15,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from litespark.cli.exits import run_command
-from litespark.cli.preprocess import add_common_arguments, run_options
+from litespark.cli.preprocess import add_common_arguments, options_from, run_options
 from litespark.errors import UserError
 
 # Megatron-LM's names of the two kinds of tokenizer that litespark reads, and the file of each.
@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="tokenizer",
         required=True,
         metavar="DIR_OR_MODEL",
-        help="a folder with tokenizer.json or tokenizer.model, or such a file; local files only",
+        help="a tokenizer.json, a tokenizer.model, a tekken.json, or a folder with one of them; "
+        "local files only",
     )
     parser.add_argument(
         "--tokenizer-type",
@@ -100,15 +101,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LitesparkError: see `litespark.data.preprocess.preprocess`.
     """
-    from litespark.data.preprocess import PreprocessOptions, prepare_output
-
-    repeated = {key for key in args.json_keys if args.json_keys.count(key) > 1}
-    if repeated:
-        raise UserError(
-            f"--json-keys {' '.join(args.json_keys)}",
-            f"{', '.join(sorted(repeated))} is named more than once",
-            "Name each key once; each gives one shard.",
-        )
     if args.partitions < 1:
         raise UserError(f"--partitions {args.partitions}", "is below 1", "Leave it out.")
     if args.partitions > 1:
@@ -116,22 +108,8 @@ def run(args: argparse.Namespace) -> int:
             f"note: --partitions {args.partitions} has no effect; "
             f"{args.workers} workers share each file\n"
         )
-    options = PreprocessOptions(
-        inputs=tuple(args.input),
-        tokenizer=tokenizer_path(args.tokenizer, args.tokenizer_type),
-        output_prefix=args.output_prefix,
-        workers=args.workers,
-        append_eod=args.append_eod,
-        on_error=args.on_error,
-        max_errors=args.max_errors,
-        overwrite=args.overwrite,
-    )
-    shards = [replace(options, json_key=key) for key in args.json_keys]
-    for shard in shards:  # all before the first, which may take hours
-        prepare_output(shard)
-    for shard in shards:
-        run_options(shard)
-    return 0
+    tokenizer = tokenizer_path(args.tokenizer, args.tokenizer_type)
+    return run_options(options_from(args, tokenizer, args.json_keys))
 
 
 def main() -> int:

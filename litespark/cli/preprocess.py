@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +14,40 @@ from litespark.utils.processes import available_cores
 
 if TYPE_CHECKING:  # the help must not wait for numpy
     from litespark.data.manifest import Manifest
-    from litespark.data.preprocess import PreprocessOptions, Progress
+    from litespark.data.options import PreprocessOptions, Progress
 
 _DESCRIPTION = """\
-Turn text into an indexed shard that `litespark train` (and Megatron-LM) reads.
+Turn text into indexed shards that `litespark train` (and Megatron-LM) reads.
 
-Input is JSON lines, one object a line with the text under --json-key: files ending in .jsonl,
-.jsonl.zst or .jsonl.gz, folders of them (searched recursively, in sorted order), or quoted globs.
-SlimPajama's tree works as it is.
+Input is JSON lines, one object a line with the text under --json-key (.jsonl, .jsonl.zst,
+.jsonl.gz), parquet with a column of that name, or plain text (.txt, .txt.zst, .txt.gz), one
+document a file.  Name files, folders (searched recursively, in sorted order) or quoted globs.
+SlimPajama's tree works as it is.  In a folder that holds other data, .txt files are passed over.
 
 Output is P_text_document.bin (token ids), .idx (where each document is) and .json (the manifest:
-counts, checksums, the tokenizer's hash, the sources).  They appear whole when the job ends, or
-not at all.  Documents keep the order of the input, and the bytes are the same for every number of
-workers.
+counts, checksums, the tokenizer's hash, the sources with their hashes).  They appear whole when the
+job ends, or not at all.  Documents keep the order of the input, and the bytes are the same for
+every number of workers.  With --split-by, each sub-source has a shard of its own,
+P_SUBSOURCE_text_document; with several keys, each key has.
+
+Until then the work lies in the folder P.partial.  A job that was killed, or met a full disk, goes
+on there with --resume and the same options, and ends with the same bytes; without --resume that
+work is removed.
 
 Text is data: "</s>" inside a document is tokenized as text and never becomes a control token.
+Lone surrogates, which no UTF-8 text can hold, become U+FFFD and are counted.
 """
 
 _EPILOG = """\
 examples:
   litespark preprocess --input corpus.jsonl --tokenizer llama2/ --output-prefix data/corpus
-  litespark preprocess --input SlimPajama/train/chunk1 --tokenizer llama2/tokenizer.model \\
-      --output-prefix data/chunk1 --workers 32 --on-error skip
+  litespark preprocess --input SlimPajama/train --tokenizer llama2/tokenizer.model \\
+      --output-prefix data/slim --split-by meta.redpajama_set_name --workers 32 \\
+      --on-error skip --resume
 
 exit codes: 0 done, 2 the input or an option is wrong (the message names the file and line, or
 why the output's folder cannot be used), 1 anything else (disk full, a process killed); whatever the
-end, no half-written output stays.
+end, no half-written output has a final name.
 """
 
 
@@ -56,13 +64,16 @@ def add_parser(subparsers: Any) -> None:
         "--tokenizer",
         required=True,
         metavar="DIR_OR_MODEL",
-        help="a folder with tokenizer.json or tokenizer.model, or such a file; local files only",
+        help="a tokenizer.json, a sentencepiece tokenizer.model, Llama 3's tokenizer.model, a "
+        "tekken.json, or a folder with one of them; local files only",
     )
     parser.add_argument(
         "--json-key",
-        default="text",
+        nargs="+",
+        default=["text"],
         metavar="KEY",
-        help="key of the text in each object; part of the output's name (default: text)",
+        help="key of the text in each object; part of the output's name; several keys give one "
+        "shard each (default: text)",
     )
     add_common_arguments(parser)
     parser.set_defaults(run=run)
@@ -98,11 +109,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "an empty document stays empty",
     )
     parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="begin each document with the tokenizer's begin-of-text token (default: do not)",
+    )
+    parser.add_argument(
+        "--split-by",
+        metavar="KEY",
+        help="write one shard for each value at this dotted path of the object, such as "
+        "meta.redpajama_set_name (default: one shard for all)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
         help="a line that is no JSON object with a string under the key: stop the job, naming file "
-        "and line (default), or skip and count it",
+        "and line (default), or skip it, count it and list it in P_quarantine.txt",
     )
     parser.add_argument(
         "--max-errors",
@@ -110,6 +133,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         metavar="N",
         help="with --on-error skip: stop all the same after more than N bad lines (default: 100)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished work of the same job, if there is any; options and inputs "
+        "must be as they were, but for --workers, --on-error and --max-errors",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output if it is there already"
@@ -122,20 +151,29 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LitesparkError: see `litespark.data.preprocess.preprocess`.
     """
-    from litespark.data.preprocess import PreprocessOptions
+    return run_options(options_from(args, args.tokenizer, args.json_key))
 
-    options = PreprocessOptions(
+
+def options_from(
+    args: argparse.Namespace, tokenizer: str, json_keys: Sequence[str]
+) -> PreprocessOptions:
+    """Return the options of parsed arguments; tokenizer and keys have other names elsewhere."""
+    from litespark.data.options import PreprocessOptions
+
+    return PreprocessOptions(
         inputs=tuple(args.input),
-        tokenizer=args.tokenizer,
+        tokenizer=tokenizer,
         output_prefix=args.output_prefix,
-        json_key=args.json_key,
+        json_keys=tuple(json_keys),
+        split_by=args.split_by,
         workers=args.workers,
         append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
         on_error=args.on_error,
         max_errors=args.max_errors,
         overwrite=args.overwrite,
+        resume=args.resume,
     )
-    return run_options(options)
 
 
 def run_options(options: PreprocessOptions) -> int:
@@ -146,7 +184,7 @@ def run_options(options: PreprocessOptions) -> int:
     """
     from litespark.data.preprocess import Progress, preprocess
 
-    # A scheduler's SIGTERM unwinds like an error, so that the temporary files go.
+    # A scheduler's SIGTERM unwinds like an error, so that the workers go.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     last = Progress()
 
@@ -157,9 +195,13 @@ def run_options(options: PreprocessOptions) -> int:
             last = progress
             show(progress)
 
-        manifest = preprocess(options, report)
-    sys.stdout.write(summary(options, manifest, last))
+        manifests = preprocess(options, report, _say)
+    sys.stdout.write(summary(options, manifests, last))
     return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 @contextmanager
@@ -169,14 +211,20 @@ def _progress_line() -> Iterator[Callable[[Progress], None]]:
         yield lambda progress: None
         return
     from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = BarColumn(bar_width=20)
+    columns = (bar, TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn())
     with RichProgress(*columns, console=console, transient=True) as display:
         task = display.add_task("starting the workers", total=None)
-        yield lambda progress: display.update(task, description=_rates(progress))
+        yield lambda progress: display.update(
+            task,
+            description=_rates(progress),
+            completed=progress.read_bytes,
+            total=progress.total_bytes,
+        )
 
 
 def _rates(progress: Progress) -> str:
@@ -188,21 +236,32 @@ def _rates(progress: Progress) -> str:
     )
 
 
-def summary(options: PreprocessOptions, manifest: Manifest, progress: Progress) -> str:
+def summary(options: PreprocessOptions, manifests: dict[str, Manifest], progress: Progress) -> str:
     """Return the lines printed at the end; MB are 10^6 bytes of UTF-8 text."""
-    files = manifest.files
-    lines = [
-        f"wrote {options.shard_prefix}.bin, .idx, .json",
-        f"  documents  {files.documents:,} ({files.empty_documents:,} empty) "
-        f"from {len(manifest.sources):,} files",
-        f"  tokens     {files.tokens:,} ({files.bin_bytes:,} bytes)",
-        f"  text       {progress.text_bytes / 1e6:,.1f} MB in {progress.seconds:.1f} s: "
-        f"{progress.text_bytes / 1e6 / max(progress.seconds, 1e-9):.1f} MB/s, "
-        f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s",
-    ]
+    lines: list[str] = []
+    for prefix, manifest in manifests.items():
+        files = manifest.files
+        lines += [
+            f"wrote {prefix}.bin, .idx, .json",
+            f"  documents  {files.documents:,} ({files.empty_documents:,} empty) "
+            f"from {len(manifest.sources):,} files",
+            f"  tokens     {files.tokens:,} ({files.bin_bytes:,} bytes)",
+        ]
+    missing = progress.documents - sum(m.files.documents for m in manifests.values())
+    if missing and progress.documents:
+        lines.append(f"left out {missing:,} empty documents whose shard would hold no token")
+    if progress.seconds:
+        lines.append(
+            f"text {progress.text_bytes / 1e6:,.1f} MB in {progress.seconds:.1f} s: "
+            f"{progress.text_bytes / 1e6 / progress.seconds:.1f} MB/s, "
+            f"{progress.tokens / progress.seconds:,.0f} tokens/s"
+        )
     if progress.replaced_surrogates:
-        lines.append(f"  replaced   {progress.replaced_surrogates:,} lone surrogates by U+FFFD")
+        lines.append(f"replaced {progress.replaced_surrogates:,} lone surrogates by U+FFFD")
     if progress.skipped_bad_lines:
-        lines.append(f"  skipped    {progress.skipped_bad_lines:,} bad lines, the first of them:")
-        lines += [f"    {bad.path}:{bad.line}: {bad.problem}" for bad in progress.bad_lines]
+        lines.append(
+            f"skipped {progress.skipped_bad_lines:,} bad lines, listed in "
+            f"{options.quarantine_path}; the first of them:"
+        )
+        lines += [f"  {bad.path}:{bad.line}: {bad.problem}" for bad in progress.bad_lines]
     return "\n".join(lines) + "\n"

@@ -116,7 +116,7 @@ class IndexedWriter:
         """
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         self._idx = HashingFile(temporary_name(idx_path(self.prefix)))
-        _write_index(self._idx, lengths, self.dtype)
+        write_index(self._idx, lengths, self.dtype)
         self._sealed = ShardFiles(
             bin_bytes=self._bin.size_bytes,
             bin_sha256=self._bin.close_durably(),
@@ -160,10 +160,12 @@ class IndexedWriter:
             self.discard()
 
 
-def _write_index(
-    file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[np.integer]
-) -> None:
-    """Write the header and the tables of `.idx`; `lengths` [documents], 0 for an empty one."""
+def write_index(file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """Write the header and the tables of `.idx`; `lengths` [documents], 0 for an empty one.
+
+    Raises:
+        OSError: when the disk is full.
+    """
     sequences = int(np.count_nonzero(lengths))
     file.write(pack_header(dtype, sequences, len(lengths) + 1))
     blocks = [lengths[i : i + ROWS_AT_ONCE] for i in range(0, len(lengths), ROWS_AT_ONCE)]

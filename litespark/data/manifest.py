@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from litespark.data.indexed import ShardFiles, bin_path, idx_path
 from litespark.errors import UserError
 from litespark.utils.files import sha256_of_file, write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1 lacks what has a default below
 _MAX_MANIFEST_BYTES = 1 << 28
 
 
@@ -32,16 +33,24 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One input file: its name below the input that named it, its size, its documents."""
+    """One input file: its name below the input that named it, its size, its documents.
+
+    `sha256` is of the file as it is (compressed); None in manifests of format 1.
+    """
 
     name: str
     size_bytes: int
     documents: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about a shard; `files` holds sizes, digests and counts."""
+    """Everything known about a shard; `files` holds sizes, digests and counts.
+
+    `skipped_bad_lines` counts those of the whole job, which may have written several shards.
+    `split_by` and `subset` name the sub-source whose documents these are, where it was split.
+    """
 
     tokenizer: TokenizerRecord
     append_eod: bool
@@ -51,6 +60,9 @@ class Manifest:
     skipped_bad_lines: int
     replaced_surrogates: int
     litespark_version: str
+    prepend_bos: bool = False
+    split_by: str | None = None
+    subset: str | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -65,8 +77,12 @@ def write_manifest(prefix: str | os.PathLike[str], manifest: Manifest) -> None:
     Raises:
         OSError: when the disk is full.
     """
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
-    write_text_atomically(manifest_path(prefix), text + "\n")
+    write_text_atomically(manifest_path(prefix), manifest_text(manifest))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return the file's content."""
+    return json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
@@ -85,8 +101,8 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
         if not isinstance(value, dict):
             raise TypeError("it is not an object")
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version is {version!r}, known is {FORMAT_VERSION}")
+        if version not in _READABLE_VERSIONS:
+            raise ValueError(f"format_version is {version!r}, known are {_READABLE_VERSIONS}")
         value["tokenizer"] = _record(TokenizerRecord, value.get("tokenizer"))
         value["files"] = _record(ShardFiles, value.get("files"))
         sources = value.get("sources")
@@ -108,6 +124,7 @@ _CHECKS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "bool": (bool,),
     "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
 }
 
 
@@ -116,10 +133,13 @@ def _record(kind: type[Any], value: object) -> Any:
     if not isinstance(value, dict):
         raise TypeError(f"no object where a {kind.__name__} belongs")
     known = {field.name: str(field.type) for field in fields(kind)}
-    if set(known) != set(value):
-        names = ", ".join(sorted(set(known) ^ set(value)))
-        raise ValueError(f"unknown or missing in {kind.__name__}: {names}")
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    wrong = (set(value) - set(known)) | (required - set(value))
+    if wrong:
+        raise ValueError(f"unknown or missing in {kind.__name__}: {', '.join(sorted(wrong))}")
     for name, annotation in known.items():
+        if name not in value:
+            continue
         allowed = _CHECKS.get(annotation)
         item = value[name]
         is_bool_for_int = isinstance(item, bool) and annotation != "bool"

@@ -91,11 +91,17 @@ def unusable_output(output_prefix: str, shard_prefix: str, error: OSError) -> Li
     )
 
 
-def disk_error(shard_prefix: str, error: OSError) -> LitesparkError:
-    """Return the error for an output that could be begun and not be finished."""
+def disk_error(shard_prefix: str, error: OSError, what_next: str = "") -> LitesparkError:
+    """Return the error for an output that could be begun and not be finished.
+
+    Args:
+        shard_prefix: the prefix of the files to write.
+        error: what the system said.
+        what_next: a sentence to end the message with, a space before it.
+    """
     return LitesparkError(
         f"{shard_prefix}: cannot be written: {error.strerror or error}. "
-        "Nothing was written under the final name."
+        f"Nothing was written under the final name.{what_next}"
     )
 
 

@@ -1,41 +1,40 @@
-"""From files to documents: `.jsonl`, `.jsonl.zst` and `.jsonl.gz`, one JSON object a line.
+"""From files to blocks of lines: JSON lines, parquet and plain text, compressed or not.
 
 Reading has two halves.  `iterate_blocks` decompresses and cuts at line ends, about 1 GB/s, in the
-one process that knows the order.  `parse_line` turns a line into text and can run in any process,
-so the preprocessor ships whole blocks to its workers and never pays for JSON in the process that
-feeds them.
+one process that knows the order.  `litespark.data.documents` turns a line into text and can run in
+any process, so the preprocessor ships whole blocks to its workers and never pays for JSON in the
+process that feeds them.  A row of a parquet file becomes a line; a plain text file is one document.
 
-Nothing is skipped in silence: a line that gives no text is a `BadLine` with its file and line
-number, and a compressed file that ends early is an error that names it.  Lines of white space
-only are no lines.
+Nothing is skipped in silence: a compressed file that ends early is an error that names it.  Lines
+of white space only are no lines.
 """
 
 from __future__ import annotations
 
 import glob
-import json
+import hashlib
 import os
-import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from litespark.errors import UserError
 
-FOLDER_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+FOLDER_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
 # Named outright, `.json` is taken as JSON lines too (Megatron-LM's examples call them so); a
 # folder may hold a config.json, so there it is passed over.
-FILE_SUFFIXES = (*FOLDER_SUFFIXES, ".json", ".json.zst", ".json.gz")
+FILE_SUFFIXES = (*FOLDER_SUFFIXES, *TEXT_SUFFIXES, ".json", ".json.zst", ".json.gz")
 
+_NAMED_SUFFIXES = ".jsonl, .jsonl.zst, .jsonl.gz, .parquet"
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 28  # no document comes near; a bound keeps a decompression bomb out of memory
 # 4 bytes of zstd can stand for 128 KiB; small bites keep the output of one call bounded.
 _ZSTD_BITE_BYTES = 1 << 13
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_PROBLEM_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -45,39 +44,56 @@ class Source:
     path: str
     name: str
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the file is plain text, one document."""
+        return self.path.endswith(TEXT_SUFFIXES)
+
+
+class Meter:
+    """What has been read of the files themselves: bytes of all, and SHA-256 of the latest one."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def start_file(self) -> None:
+        """Begin the digest anew."""
+        self._digest = hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        """Count bytes."""
+        self.read_bytes += len(data)
+        self._digest.update(data)
+
+    def sha256(self) -> str:
+        """Return the digest of the file read last, 64 hexadecimal digits."""
+        return self._digest.hexdigest()
+
+
+class _MeteredFile:
+    """A file whose bytes a `Meter` sees as they are read."""
+
+    def __init__(self, file: BinaryIO, meter: Meter) -> None:
+        self._file = file
+        self._meter = meter
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._meter.update(data)
+        return data
+
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Whole lines of one file: `first_line` is the number (from 1) of the first line in `data`."""
+    """Whole lines of one file: `first_line` is the number (from 1) of the first line in `data`.
+
+    Of a plain text file `data` is all of it.
+    """
 
     source: Source
     first_line: int
     data: bytes
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line that gives no document, and why, as a clause."""
-
-    path: str
-    line: int
-    problem: str
-
-    def as_error(self) -> UserError:
-        """Return the error that stops the reading at this line."""
-        return UserError(
-            f"{self.path}:{self.line}",
-            self.problem,
-            "Repair the line, or skip such lines with --on-error skip.",
-        )
-
-
-@dataclass(frozen=True)
-class ParsedLine:
-    """The text of a line and how many lone surrogates in it became U+FFFD."""
-
-    text: str
-    replaced_surrogates: int
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -116,7 +132,7 @@ def _sources_of(given: str) -> list[Source]:
         if not found:
             raise UserError(
                 f"--input {given}",
-                "the folder holds no .jsonl, .jsonl.zst or .jsonl.gz file",
+                f"the folder holds no {_NAMED_SUFFIXES} or .txt file",
                 "Name the folder that holds the data.",
             )
         return found
@@ -130,7 +146,7 @@ def _sources_of(given: str) -> list[Source]:
         raise UserError(
             f"--input {given}",
             "no such file or folder, and as a glob it matches nothing",
-            "Name an existing .jsonl, .jsonl.zst or .jsonl.gz file, a folder of them, or a glob.",
+            f"Name an existing {_NAMED_SUFFIXES} or .txt file, a folder of them, or a glob.",
         )
     return list(once.values())
 
@@ -140,9 +156,11 @@ def _sources_at(path: Path) -> list[Source]:
     if not os.path.isdir(path):
         return [_named_file(path)]
     parent = path.resolve().name
-    found = sorted(
-        p for p in path.rglob("*") if p.name.endswith(FOLDER_SUFFIXES) and not os.path.isdir(p)
-    )
+    files = sorted(p for p in path.rglob("*") if not os.path.isdir(p))
+    # Beside data, a .txt file is a licence or a readme; alone, it is the data.
+    found = [p for p in files if p.name.endswith(FOLDER_SUFFIXES)] or [
+        p for p in files if p.name.endswith(TEXT_SUFFIXES)
+    ]
     for file in found:
         _require_regular_file(file)
     return [Source(str(p), (parent / p.relative_to(path)).as_posix()) for p in found]
@@ -162,39 +180,83 @@ def _named_file(path: Path) -> Source:
     if not path.name.endswith(FILE_SUFFIXES):
         raise UserError(
             f"--input {path}",
-            "the suffix is none of .jsonl, .json, .jsonl.zst, .jsonl.gz",
+            "the suffix is none of .jsonl, .json, .txt (each also with .zst or .gz), .parquet",
             "Convert the file to JSON lines (one object a line), optionally compressed.",
         )
     return Source(str(path), path.name)
 
 
-def iterate_blocks(source: Source, block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
-    """Yield a file's decompressed bytes as blocks of whole lines of about `block_bytes`.
+def open_source(path: str) -> BinaryIO:
+    """Open an input file for reading bytes; every reading of an input begins here.
+
+    Raises:
+        OSError: when the file cannot be opened.
+    """
+    return open(path, "rb")
+
+
+def iterate_blocks(
+    source: Source,
+    block_bytes: int = BLOCK_BYTES,
+    meter: Meter | None = None,
+    columns: Sequence[str] = (),
+) -> Iterator[LineBlock]:
+    """Yield a file's content as blocks of whole lines of about `block_bytes`, always the same ones.
+
+    Args:
+        source: the file.
+        block_bytes: how much to gather before a block is cut off.
+        meter: counts and digests the bytes read of the file itself.
+        columns: of a parquet file, the columns to read; without any, all.
 
     Raises:
         UserError: when the file cannot be read, is corrupt or truncated, or a line exceeds 256
         MiB.
     """
+    meter = meter or Meter()
+    meter.start_file()
+    if source.path.endswith(".parquet"):
+        from litespark.data.parquet import parquet_lines
+
+        pieces = parquet_lines(source.path, columns, _digest_first(source.path, meter))
+    else:
+        pieces = _decompressed(source.path, meter)
+    return _blocks_of(source, pieces, sys.maxsize if source.is_text else block_bytes)
+
+
+def _digest_first(path: str, meter: Meter) -> BinaryIO:
+    """Return a parquet file open at its start; it is read out of order, so it is digested first."""
+    try:
+        file = open_source(path)
+        while data := file.read(BLOCK_BYTES):
+            meter.update(data)
+        file.seek(0)
+        return file
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+
+
+def _blocks_of(source: Source, pieces: Iterator[bytes], block_bytes: int) -> Iterator[LineBlock]:
     first_line = 1
     pending: list[bytes] = []  # pieces of the block being gathered; its last line may be unfinished
     pending_bytes = 0
-    for piece in _decompressed(source.path):
+    for piece in pieces:
         pending.append(piece)
         pending_bytes += len(piece)
-        if pending_bytes < block_bytes:
-            continue
-        if b"\n" in piece:
+        if pending_bytes >= block_bytes and b"\n" in piece:
             data, tail = _cut_after_last_line(b"".join(pending))
             yield LineBlock(source, first_line, data)
             first_line += data.count(b"\n")
             pending, pending_bytes = [tail], len(tail)
         if pending_bytes > MAX_LINE_BYTES:
+            line = first_line + sum(p.count(10) for p in pending)
             raise UserError(
-                f"{source.path}:{first_line + sum(p.count(10) for p in pending)}",
-                f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
+                source.path if source.is_text else f"{source.path}:{line}",
+                f"the {'text' if source.is_text else 'line'} is longer than "
+                f"{MAX_LINE_BYTES >> 20} MiB",
                 "A document this long is a broken file; look at its line ends.",
             )
-    if pending_bytes:
+    if pending_bytes or source.is_text:  # an empty text is a document all the same
         yield LineBlock(source, first_line, b"".join(pending))
 
 
@@ -203,10 +265,10 @@ def _cut_after_last_line(data: bytes) -> tuple[bytes, bytes]:
     return data[:cut], data[cut:]
 
 
-def _decompressed(path: str) -> Iterator[bytes]:
+def _decompressed(path: str, meter: Meter) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as file:
-            pieces = _open_pieces(path, file)
+        with open_source(path) as file:
+            pieces = _open_pieces(path, _MeteredFile(file, meter))
             first = next(pieces, b"")
             yield first.removeprefix(_BYTE_ORDER_MARK)
             yield from pieces
@@ -220,18 +282,18 @@ def _unreadable(path: str, reason: str) -> UserError:
     return UserError(path, f"cannot be read to its end: {reason}", "Fetch or write the file again.")
 
 
-def _open_pieces(path: str, file: BinaryIO) -> Iterator[bytes]:
+def _open_pieces(path: str, file: _MeteredFile) -> Iterator[bytes]:
     if path.endswith(".zst"):
         return _zstd_pieces(path, file)
     if path.endswith(".gz"):
         import gzip
 
-        stream = gzip.GzipFile(fileobj=file, mode="rb")
+        stream = gzip.GzipFile(fileobj=cast(BinaryIO, file), mode="rb")
         return iter(lambda: stream.read(BLOCK_BYTES), b"")
     return iter(lambda: file.read(BLOCK_BYTES), b"")
 
 
-def _zstd_pieces(path: str, file: BinaryIO) -> Iterator[bytes]:
+def _zstd_pieces(path: str, file: _MeteredFile) -> Iterator[bytes]:
     # python-zstandard's stream_reader takes a file that ends inside a frame for a complete one,
     # so the frames are walked here and the end of each is asked for.
     import zstandard
@@ -252,58 +314,3 @@ def _zstd_pieces(path: str, file: BinaryIO) -> Iterator[bytes]:
         raise _unreadable(path, str(error)) from error
     if inside_frame:
         raise _unreadable(path, "the file ends inside a zstd frame; it is truncated")
-
-
-def parse_line(raw: bytes, json_key: str) -> ParsedLine | str:
-    """Return the text under `json_key` of one JSON line, or the problem with the line as a clause.
-
-    Lone surrogates (`\\ud809` without its other half), which no UTF-8 text can hold, become
-    U+FFFD.
-    """
-    import orjson
-
-    may_hold_surrogates = False
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        # orjson refuses lone surrogates, the json module lets them through.
-        if b"\\ud" not in raw and b"\\uD" not in raw:
-            return _not_json(error)
-        try:
-            value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as second_error:
-            return _not_json(second_error)
-        may_hold_surrogates = True
-    if not isinstance(value, dict):
-        return f"the line is {_kind(value)}, not an object like {{{json_key!r}: ...}}"
-    if json_key not in value:
-        keys = ", ".join(repr(key) for key in list(value)[:8]) or "none"
-        return f"the object has no key {json_key!r} (its keys: {keys})"[:_MAX_PROBLEM_CHARACTERS]
-    text = value[json_key]
-    if not isinstance(text, str):
-        return f"the value of {json_key!r} is {_kind(text)}, not a string"
-    if may_hold_surrogates:
-        return ParsedLine(*_SURROGATE.subn("\ufffd", text))
-    return ParsedLine(text, 0)
-
-
-def _not_json(error: Exception) -> str:
-    return f"the line is not valid JSON ({error})"[:_MAX_PROBLEM_CHARACTERS]
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", str: "a string"}
-    return kinds.get(type(value), "an object")
-
-
-def numbered_lines(block: LineBlock) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, bytes) of a block's lines, passing over those of white space only."""
-    for offset, raw in enumerate(block.data.split(b"\n")):
-        if raw and not raw.isspace():
-            yield block.first_line + offset, raw

@@ -1,10 +1,11 @@
 """Tokenizers from local files, under one small protocol.
 
-Two kinds of file are read: `tokenizer.json` (the `tokenizers` library) and a sentencepiece
-`.model`.  Documents are data, so their text is never read as instructions: a literal "</s>" in a
-document becomes the pieces of those four characters, not the control token, and no BOS or EOS is
-added by `encode`.  The file's bytes are read once, hashed and parsed from memory, so the hash
-names what was really used.
+Three kinds of file are read: `tokenizer.json` (the `tokenizers` library), a sentencepiece `.model`,
+and ranks in tiktoken's manner (Llama 3's `tokenizer.model`, Mistral's `tekken.json`).  Documents
+are data, so their text is never read as instructions: a literal "</s>" in a document becomes the
+pieces of those four characters, not the control token, and no BOS or EOS is added by `encode`.
+The file's bytes are read once, hashed and parsed from memory, so the hash names what was really
+used.
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from litespark.data.word_cache import WordCache, json_can_be_cut, sentencepiece_can_be_cut
+from litespark.data.sentencepiece_files import sentencepiece_to_json
+from litespark.data.tiktoken_files import TEKKEN_NAME, TiktokenTokenizer, is_rank_lines
 from litespark.errors import UserError
 
 _JSON_NAME = "tokenizer.json"
 _MODEL_NAME = "tokenizer.model"
+_MODEL_FILE_NAMES = (_JSON_NAME, _MODEL_NAME, TEKKEN_NAME)  # in this order of preference
 # Written beside a tokenizer by Hugging Face tools; an export ships those that exist.
 _COMPANION_NAMES = (
     _JSON_NAME,
@@ -46,6 +45,7 @@ class Tokenizer(Protocol):
         identity: SHA-256 of the model file's bytes, 64 hexadecimal digits.
         path: the model file.
         files: the model file and those beside it that an export ships.
+        added_tokens: texts that the library would, if it were asked to, turn into one token.
     """
 
     vocab_size: int
@@ -54,6 +54,7 @@ class Tokenizer(Protocol):
     identity: str
     path: Path
     files: tuple[Path, ...]
+    added_tokens: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without BOS or EOS."""
@@ -63,8 +64,8 @@ class Tokenizer(Protocol):
         """Return `encode` of each text."""
         ...
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
+    def plain_json(self) -> bytes | None:
+        """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,9 +74,9 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder, a `tokenizer.json`, or a sentencepiece `.model`.
+    """Load a tokenizer from a folder or from its file: `tokenizer.json`, `.model`, `tekken.json`.
 
-    A folder that holds both kinds gives its `tokenizer.json`, as `transformers` would.
+    A folder that holds several gives its `tokenizer.json`, as `transformers` would.
 
     Raises:
         UserError: when there is no such file, or it is not what its name says.
@@ -91,6 +92,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             str(file), f"cannot be read: {error.strerror}", "Check the path."
         ) from error
+    if file.name == TEKKEN_NAME or is_rank_lines(content):
+        return TiktokenTokenizer(file, content)
     if file.suffix == ".json":
         return JsonTokenizer(file, content)
     return SentencePieceTokenizer(file, content)
@@ -98,12 +101,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _find_model_file(path: Path) -> Path:
     if path.is_dir():
-        for name in (_JSON_NAME, _MODEL_NAME):
+        for name in _MODEL_FILE_NAMES:
             if (path / name).is_file():
                 return path / name
         raise UserError(
             f"tokenizer {path}",
-            f"the folder holds neither {_JSON_NAME} nor {_MODEL_NAME}",
+            f"the folder holds none of {', '.join(_MODEL_FILE_NAMES)}",
             "Name a folder that does, or the file itself.",
         )
     if not path.is_file():
@@ -117,7 +120,7 @@ def _find_model_file(path: Path) -> Path:
         raise UserError(
             f"tokenizer {path}",
             "the suffix is neither .json nor .model",
-            f"Name a {_JSON_NAME} or a sentencepiece .model file.",
+            f"Name a {_JSON_NAME}, a {TEKKEN_NAME}, or a .model file of sentencepiece or Llama 3.",
         )
     return path
 
@@ -166,6 +169,8 @@ class JsonTokenizer:
         self.identity = hashlib.sha256(content).hexdigest()
         self.path = file
         self.files = _files_to_ship(file)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.added_tokens = tuple(str(token.content) for token in added)
 
     def _control_id(self, file: Path, field: str, usual_names: Sequence[str]) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -192,15 +197,17 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    @cached_property
-    def _word_cache(self) -> WordCache | None:
-        return WordCache(self.encode) if json_can_be_cut(self._content) else None
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
-        if self._word_cache is not None:
-            return [self._word_cache.encode(text) for text in texts]
-        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
+    def plain_json(self) -> bytes | None:
+        """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
+        value = json.loads(self._content)
+        model = value.get("model") or {}
+        if model.get("type") != "BPE" or model.get("dropout"):
+            return None
+        added = value.get("added_tokens") or []
+        # `encode_special_tokens` spares the special ones; the others are cut out of a text.
+        value["added_tokens"] = [token for token in added if not token.get("special")]
+        value["truncation"] = value["padding"] = value["post_processor"] = None
+        return json.dumps(value, ensure_ascii=False).encode("utf-8")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens give no text."""
@@ -223,8 +230,7 @@ class SentencePieceTokenizer:
             raise UserError(
                 str(file),
                 "is not a sentencepiece model",
-                "Name a sentencepiece file; a tiktoken file of the same name (Llama 3) has a "
-                f"{_JSON_NAME} beside it, use that.",
+                f"Name a sentencepiece file, or the {_JSON_NAME} beside it.",
             ) from error
         added = _read_companion(file, "added_tokens.json").values()
         added_ids = [token_id for token_id in added if isinstance(token_id, int)]
@@ -235,6 +241,10 @@ class SentencePieceTokenizer:
         self.identity = hashlib.sha256(content).hexdigest()
         self.path = file
         self.files = _files_to_ship(file)
+        size = range(self._processor.vocab_size())
+        self.added_tokens = tuple(
+            self._processor.IdToPiece(i) for i in size if self._processor.IsControl(i)
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without BOS or EOS."""
@@ -244,15 +254,9 @@ class SentencePieceTokenizer:
         """Return `encode` of each text."""
         return [self._processor.EncodeAsIds(text) for text in texts]
 
-    @cached_property
-    def _word_cache(self) -> WordCache | None:
-        return WordCache(self.encode) if sentencepiece_can_be_cut(self._content) else None
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of `encode` for each text, int32 [tokens], by the fastest exact way."""
-        if self._word_cache is not None:
-            return [self._word_cache.encode(text) for text in texts]
-        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
+    def plain_json(self) -> bytes | None:
+        """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
+        return sentencepiece_to_json(self._content)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens and ids beyond the model give no text."""

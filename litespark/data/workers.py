@@ -8,81 +8,154 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
+from litespark.data.documents import ParsedLine, numbered_lines, parse_line, parse_text
+from litespark.data.engine import FastEngine, ReferenceEngine
 from litespark.data.indexed import token_type
-from litespark.data.readers import LineBlock, numbered_lines, parse_line
-from litespark.data.tokenizers import Tokenizer, load_tokenizer
+from litespark.data.readers import LineBlock
 from litespark.utils.processes import end_with_parent
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker needs to know: `eod_id` ends each document that is not empty, unless None."""
+    """What a worker needs to know.
+
+    Attributes:
+        tokenizer: path of the reference, loaded only when `model_json` is None.
+        model_json: what the fast engine loads.
+        vocab_size: decides the stored type.
+        json_keys, split_by: see `litespark.data.documents.parse_line`.
+        bos_id, eod_id: begin and end each document that is not empty, unless None.
+        stop_at_bad_line: tokenize nothing of a block after its first bad line.
+    """
 
     tokenizer: str
-    json_key: str
+    model_json: bytes | None
+    vocab_size: int
+    json_keys: tuple[str, ...]
+    split_by: str | None
+    bos_id: int | None
     eod_id: int | None
     stop_at_bad_line: bool
 
 
 @dataclass(frozen=True)
+class TokenizedGroup:
+    """Documents of a block that go to one shard, in order.
+
+    `tokens` holds ids as bytes of the shard's type, `lengths` as bytes of int32.
+    """
+
+    key: str
+    subset: str
+    tokens: bytes
+    lengths: bytes
+    text_bytes: int
+    replaced_surrogates: int
+
+
+@dataclass(frozen=True)
 class TokenizedBlock:
-    """The documents of a block: `tokens` as bytes of the shard's type, `lengths` as bytes of int32.
+    """What became of a block.
 
     `bad_lines` holds (line number, problem); problems travel as values, because an exception with
     arguments of its own does not survive the way back to the parent.
     """
 
-    tokens: bytes
-    lengths: bytes
-    text_bytes: int
-    replaced_surrogates: int
+    groups: tuple[TokenizedGroup, ...]
     bad_lines: tuple[tuple[int, str], ...]
 
 
+@dataclass
+class _Group:
+    documents: list[npt.NDArray[np.integer]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    text_bytes: int = 0
+    replaced_surrogates: int = 0
+
+
 _settings: Settings
-_tokenizer: Tokenizer
+_engine: FastEngine | ReferenceEngine
+_begin: npt.NDArray[np.integer]
+_end: npt.NDArray[np.integer]
 
 
 def initialize(settings: Settings) -> None:
     """Prepare this process: one thread, deaf to Ctrl-C (the parent hears it), gone with it."""
-    global _settings, _tokenizer
+    global _settings, _engine, _begin, _end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     end_with_parent()
     _settings = settings
-    _tokenizer = load_tokenizer(settings.tokenizer)
+    if settings.model_json is not None:
+        _engine = FastEngine(settings.model_json)
+    else:
+        from litespark.data.tokenizers import load_tokenizer
+
+        _engine = ReferenceEngine(load_tokenizer(settings.tokenizer))
+    dtype = token_type(settings.vocab_size)
+    _begin = np.array([] if settings.bos_id is None else [settings.bos_id], dtype)
+    _end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
+
+
+def warm_up() -> None:
+    """Do nothing; the first task of a process makes it start."""
 
 
 def tokenize_block(block: LineBlock) -> TokenizedBlock:
     """Parse and tokenize the lines of a block, in order."""
-    texts: list[str] = []
+    groups: dict[tuple[str, str], _Group] = {}
     bad_lines: list[tuple[int, str]] = []
-    replaced_surrogates = 0
-    for line, raw in numbered_lines(block):
-        parsed = parse_line(raw, _settings.json_key)
+    for line, parsed in _parsed_lines(block):
         if isinstance(parsed, str):
             bad_lines.append((line, parsed))
             if _settings.stop_at_bad_line:
                 break
-        else:
-            texts.append(parsed.text)
-            replaced_surrogates += parsed.replaced_surrogates
-    dtype = token_type(_tokenizer.vocab_size)
-    end = b"" if _settings.eod_id is None else np.array([_settings.eod_id], dtype).tobytes()
-    # As Megatron's tool: an empty document stays empty.
-    documents = [
-        ids.astype(dtype).tobytes() + end if ids.size else b""
-        for ids in _tokenizer.encode_arrays(texts)
-    ]
-    sizes = [len(document) // np.dtype(dtype).itemsize for document in documents]
+            continue
+        for key, text, replaced in zip(
+            _settings.json_keys, parsed.texts, parsed.replaced_surrogates, strict=True
+        ):
+            group = groups.setdefault((key, parsed.subset), _Group())
+            group.replaced_surrogates += replaced
+            _add_document(group, text.encode("utf-8"))
+    _engine.trim()
     return TokenizedBlock(
-        tokens=b"".join(documents),
-        lengths=np.array(sizes, dtype=np.int32).tobytes(),
-        text_bytes=sum(len(text.encode("utf-8")) for text in texts),
-        replaced_surrogates=replaced_surrogates,
-        bad_lines=tuple(bad_lines),
+        tuple(_packed(key, subset, group) for (key, subset), group in groups.items()),
+        tuple(bad_lines),
+    )
+
+
+def _parsed_lines(block: LineBlock) -> list[tuple[int, ParsedLine | str]]:
+    if block.source.is_text:
+        return [(1, parse_text(block.data))]
+    keys, split_by = _settings.json_keys, _settings.split_by
+    return [(line, parse_line(raw, keys, split_by)) for line, raw in numbered_lines(block)]
+
+
+def _add_document(group: _Group, text: bytes) -> None:
+    group.text_bytes += len(text)
+    ids = _engine.encode(text) if text else _end[:0]
+    if ids.size == 0:  # as Megatron's tool: an empty document stays empty
+        group.lengths.append(0)
+        return
+    group.documents += (_begin, ids, _end)
+    group.lengths.append(len(_begin) + len(ids) + len(_end))
+
+
+def _packed(key: str, subset: str, group: _Group) -> TokenizedGroup:
+    dtype = token_type(_settings.vocab_size)
+    documents = group.documents or [_end[:0]]
+    # The ids are below the vocabulary's size; the parent checks it again on what it gets.
+    tokens = np.concatenate(documents, dtype=dtype, casting="unsafe")
+    return TokenizedGroup(
+        key=key,
+        subset=subset,
+        tokens=tokens.tobytes(),
+        lengths=np.array(group.lengths, dtype=np.int32).tobytes(),
+        text_bytes=group.text_bytes,
+        replaced_surrogates=group.replaced_surrogates,
     )

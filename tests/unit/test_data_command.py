@@ -15,7 +15,8 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shard")
     data = write_jsonl(folder / "a.jsonl", ["some text", "", "more of it"])
     tokenizer = train_json_tokenizer(folder / "tokenizer")
-    manifest = preprocess(PreprocessOptions((str(data),), str(tokenizer), str(folder / "p")))
+    written = preprocess(PreprocessOptions((str(data),), str(tokenizer), str(folder / "p")))
+    (manifest,) = written.values()
     return folder, manifest.files.tokens
 
 

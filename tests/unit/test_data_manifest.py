@@ -56,7 +56,7 @@ def test_flipped_bit_is_told_by_the_manifest(shard):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda v: v | {"format_version": 2},
+        lambda v: v | {"format_version": 3},
         lambda v: v | {"surprise": 1},
         lambda v: {k: v[k] for k in v if k != "sources"},
         lambda v: v | {"tokenizer": v["tokenizer"] | {"vocab_size": "600"}},
@@ -69,3 +69,15 @@ def test_wrong_manifest_is_refused(shard, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(shard)
+
+
+def test_manifest_of_the_first_format_is_read(shard):
+    path = manifest_path(shard)
+    value = json.loads(path.read_text()) | {"format_version": 1}
+    for name in ("prepend_bos", "split_by", "subset"):
+        del value[name]
+    del value["sources"][0]["sha256"]
+    path.write_text(json.dumps(value))
+    manifest = read_manifest(shard)
+    assert manifest is not None
+    assert (manifest.prepend_bos, manifest.sources[0].sha256) == (False, None)

@@ -109,7 +109,7 @@ def test_writer_that_cannot_open_says_whose_fault_it_is(
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module, "IndexedWriter", fail)
+    monkeypatch.setattr(module, "WorkFolder", fail)
     with pytest.raises(LitesparkError, match=os.strerror(number)) as caught:
         preprocess(PreprocessOptions((str(data),), str(tokenizer), str(tmp_path / "p")))
     assert caught.value.exit_code == exit_code

@@ -43,7 +43,7 @@ def model_folder(tmp_path_factory):
 def small_blocks(monkeypatch):
     """Blocks of a few documents, so that a small input keeps several workers busy."""
     monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000,))
+    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
 
 
 def options(tmp_path, tokenizer, data, **changes):
@@ -53,6 +53,11 @@ def options(tmp_path, tokenizer, data, **changes):
         output_prefix=str(tmp_path / "out" / "p"),
         **changes,
     )
+
+
+def preprocess_one(*arguments):
+    (manifest,) = preprocess(*arguments).values()
+    return manifest
 
 
 def outputs(tmp_path):
@@ -127,7 +132,7 @@ def test_manifest_tells_what_was_done(tmp_path, json_folder):
     write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS[:5])
     write_jsonl(tmp_path / "in" / "sub" / "b.jsonl", ["", "x"])
     reports = []
-    manifest = preprocess(
+    manifest = preprocess_one(
         options(tmp_path, json_folder, tmp_path / "in", append_eod=False),
         lambda progress: reports.append((progress.documents, progress.tokens)),
     )
@@ -148,8 +153,14 @@ def test_manifest_tells_what_was_done(tmp_path, json_folder):
             "name": "in/a.jsonl",
             "size_bytes": (tmp_path / "in" / "a.jsonl").stat().st_size,
             "documents": 5,
+            "sha256": hashlib.sha256((tmp_path / "in" / "a.jsonl").read_bytes()).hexdigest(),
         },
-        {"name": "in/sub/b.jsonl", "size_bytes": 27, "documents": 2},
+        {
+            "name": "in/sub/b.jsonl",
+            "size_bytes": 27,
+            "documents": 2,
+            "sha256": hashlib.sha256(b'{"text": ""}\n{"text": "x"}\n').hexdigest(),
+        },
     ]
     files = value["files"]
     assert (files["documents"], files["empty_documents"], files["tokens"]) == (7, 1, tokens)
@@ -167,7 +178,7 @@ def test_bad_lines_are_skipped_counted_and_limited(tmp_path, json_folder):
     lines[50:50] = [b'{"text": null}']
     data.write_bytes(b"\n".join(lines))
     last = []
-    manifest = preprocess(
+    manifest = preprocess_one(
         options(tmp_path, json_folder, data, workers=2, on_error="skip", max_errors=3), last.append
     )
     assert (manifest.skipped_bad_lines, manifest.files.documents) == (3, 60)
@@ -182,13 +193,15 @@ def test_bad_lines_are_skipped_counted_and_limited(tmp_path, json_folder):
     assert caught.value.where == f"{data}:4"
     # The two failures left the first shard as it was.
     assert verify_checksums(tmp_path / "out" / "p_text_document") == manifest
-    assert len(outputs(tmp_path)) == 3
+    assert len(outputs(tmp_path)) == 4
+    listed = (tmp_path / "out" / "p_quarantine.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [f"{data}:{n}" for n in (4, 5, 51)]
 
 
 def test_lone_surrogate_is_replaced_and_counted(tmp_path, json_folder):
     data = tmp_path / "a.jsonl"
     data.write_bytes(b'{"text": "a\\ud809b"}\n')
-    manifest = preprocess(options(tmp_path, json_folder, data, append_eod=False))
+    manifest = preprocess_one(options(tmp_path, json_folder, data, append_eod=False))
     assert manifest.replaced_surrogates == 1
     ids = shard_documents(tmp_path / "out" / "p_text_document")[0]
     assert load_tokenizer(json_folder).decode(ids) == "a\ufffdb"
@@ -196,7 +209,7 @@ def test_lone_surrogate_is_replaced_and_counted(tmp_path, json_folder):
 
 def test_existing_output_is_kept_unless_told(tmp_path, json_folder):
     data = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    first = preprocess(options(tmp_path, json_folder, data))
+    first = preprocess_one(options(tmp_path, json_folder, data))
     write_jsonl(data, ["two", "three"])
     with pytest.raises(UserError, match="--overwrite"):
         preprocess(options(tmp_path, json_folder, data))
@@ -215,7 +228,7 @@ def test_wrong_options_are_refused(tmp_path, json_folder):
         (options(tmp_path, no_eos, data), "no end-of-text"),
         (options(tmp_path, json_folder, data, workers=0), "below 1"),
         (options(tmp_path, json_folder, data, max_errors=-1), "negative"),
-        (options(tmp_path, json_folder, data, json_key="a/b"), "file name"),
+        (options(tmp_path, json_folder, data, json_keys=("a/b",)), "file name"),
         (options(tmp_path, json_folder, empty), "2 documents and no token"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -247,7 +260,7 @@ def test_killed_worker_ends_the_job_in_seconds(tmp_path, json_folder):
 def test_signal_ends_the_job_and_removes_what_it_wrote(tmp_path, json_folder, number, code):
     data = write_jsonl(tmp_path / "a.jsonl", TEXTS * 300)
     process = start_tool(tmp_path, json_folder, data)
-    wait_for(lambda: any(p.stat().st_size for p in (tmp_path / "out").glob(".*.bin.*.tmp")))
+    wait_for(lambda: any(p.stat().st_size for p in (tmp_path / "out").glob("p.partial/*.bin")))
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal's Ctrl-C, to the workers too
     else:
@@ -273,7 +286,7 @@ def test_workers_go_when_the_parent_is_killed(tmp_path, json_folder):
     parent.communicate(timeout=30)
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
-    assert all(name.endswith(".tmp") for name in outputs(tmp_path))
+    assert outputs(tmp_path) == ["p.partial"]
 
 
 class TestCommand:
@@ -330,10 +343,8 @@ class TestCommand:
             *("--output-prefix", tmp_path / "out" / "p"),
         )
         assert done.returncode == 0
-        assert (
-            f"skipped    1 bad lines, the first of them:\n    {data}:2: the line is not"
-            in done.stdout
-        )
+        assert "skipped 1 bad lines, listed in" in done.stdout
+        assert f"the first of them:\n  {data}:2: the line is not" in done.stdout
 
     def test_full_disk_exits_with_1_and_leaves_nothing(self, tmp_path, json_folder):
         # A limit on the size of a file stops the same write that a full disk would.

@@ -11,14 +11,8 @@ import pytest
 import zstandard
 
 from litespark.data import readers
-from litespark.data.readers import (
-    BadLine,
-    Source,
-    find_sources,
-    iterate_blocks,
-    numbered_lines,
-    parse_line,
-)
+from litespark.data.documents import BadLine, numbered_lines, parse_line
+from litespark.data.readers import Source, find_sources, iterate_blocks
 from litespark.errors import UserError
 from tests.support.data import write_jsonl
 
@@ -34,11 +28,11 @@ def read_documents(inputs, json_key, on_bad_line):
     for source in find_sources(inputs):
         for block in iterate_blocks(source):
             for line, raw in numbered_lines(block):
-                parsed = parse_line(raw, json_key)
+                parsed = parse_line(raw, [json_key])
                 if isinstance(parsed, str):
                     on_bad_line(BadLine(source.path, line, parsed))
                 else:
-                    yield parsed.text, source.path, line
+                    yield parsed.texts[0], source.path, line
 
 
 def lines_of(texts):
@@ -85,12 +79,12 @@ def test_glob(tmp_path):
 
 def test_wrong_inputs_are_refused(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.csv").write_bytes(b"text")
     (tmp_path / "empty").mkdir()
     for inputs, message in [
         ([str(tmp_path / "none.jsonl")], "no such file"),
         ([str(tmp_path / "*.gz")], "matches nothing"),
-        ([str(tmp_path / "a.parquet")], "suffix"),
+        ([str(tmp_path / "a.csv")], "suffix"),
         ([str(tmp_path / "empty")], "holds no"),
         ([str(file), str(file)], "named twice"),
         ([""], "is empty"),
@@ -256,6 +250,6 @@ def test_bad_lines_say_what_is_wrong(tmp_path, raw, problem):
     ],
 )
 def test_lone_surrogates_become_the_replacement_character(escaped, text, replaced):
-    parsed = parse_line(b'{"text": "' + escaped + b'"}', "text")
+    parsed = parse_line(b'{"text": "' + escaped + b'"}', ["text"])
     assert not isinstance(parsed, str)
-    assert (parsed.text, parsed.replaced_surrogates) == (text, replaced)
+    assert (parsed.texts, parsed.replaced_surrogates) == ((text,), (replaced,))

@@ -142,8 +142,8 @@ def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     for name, message in [
         ("none", "no such file"),
-        ("empty", "holds neither"),
-        ("tokenizer.model", "not a sentencepiece model"),
+        ("empty", "holds none of"),
+        ("tokenizer.model", "lacks some of the 256 bytes"),
         ("tokenizer.json", "not a tokenizer.json"),
         ("a.txt", "suffix"),
     ]:

@@ -1,0 +1,215 @@
+"""How fast text becomes an indexed shard: `litespark preprocess` beside Megatron-LM's tools.
+
+    python tools/benchmarks/preprocess.py --input corpus.jsonl.zst --tokenizer llama2/
+    python tools/benchmarks/preprocess.py --input corpus.jsonl.zst --tokenizer llama2/ \\
+        --megatron ../Megatron-LM --megatron-python ../venv312/bin/python --json result.json
+
+Every tool is started as a user would start it, on the same text, one after another, `--rounds`
+times in turn; each round's figures are kept and the best wall time is compared.  Wall time counts
+from the start of the process to its end, so imports are in it.  CPU-seconds are those of the
+process and all its children.  Peak memory is the largest sum, over all processes of the tool, of
+PSS (what a process holds, shared pages divided among their holders), sampled every 50 ms; the sum
+of RSS, which counts shared pages once a process, stands beside it.
+
+Megatron-LM's tools read plain `.jsonl`, so they get the decompressed file, and decompressing it is
+not counted.  `preprocess_data_fast.py` needs Python 3.12 or newer and gigatoken.  The classic tool
+is run with both tokenizers where the folder has both files.  Outputs are compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+_SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tool's figures for one round."""
+
+    name: str
+    wall_seconds: float
+    cpu_seconds: float
+    peak_pss_mb: float
+    peak_rss_mb: float
+    bin_sha256: str
+    idx_sha256: str
+
+
+def measure(name: str, command: Sequence[str], prefix: Path, cwd: Path) -> Run:
+    """Run a command that writes `<prefix>_text_document.bin` and `.idx`.
+
+    Raises:
+        SystemExit: when it fails.
+    """
+    environment = os.environ | {"PYTHONPATH": str(cwd), "TOKENIZERS_PARALLELISM": "false"}
+    started, before = time.perf_counter(), os.times()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
+        pss_mb, rss_mb = _watch(process)
+        wall_seconds = time.perf_counter() - started
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{name} failed:\n{log.read().decode(errors='replace')[-4000:]}")
+    after = os.times()
+    cpu_seconds = after.children_user - before.children_user
+    cpu_seconds += after.children_system - before.children_system
+    digests = [_sha256(Path(f"{prefix}_text_document{suffix}")) for suffix in (".bin", ".idx")]
+    return Run(name, round(wall_seconds, 2), round(cpu_seconds, 2), pss_mb, rss_mb, *digests)
+
+
+def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Wait for a process; return the peaks of its tree's PSS and RSS in MB."""
+    tree = psutil.Process(process.pid)
+    peak_pss = peak_rss = 0
+    while process.poll() is None:
+        pss = rss = 0
+        try:
+            for one in (tree, *tree.children(recursive=True)):
+                memory = one.memory_full_info()
+                rss += memory.rss
+                pss += getattr(memory, "pss", memory.rss)
+        except psutil.Error:
+            pass  # a process ended between being listed and being asked
+        peak_pss, peak_rss = max(peak_pss, pss), max(peak_rss, rss)
+        time.sleep(_SAMPLE_SECONDS)
+    return round(peak_pss / 1e6, 1), round(peak_rss / 1e6, 1)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()[:16]
+
+
+def our_command(args: argparse.Namespace, tokenizer: str, prefix: Path) -> list[str]:
+    """Return the command line of `litespark preprocess`."""
+    command = [sys.executable, "-m", "litespark", "preprocess", "--input", args.input]
+    command += ["--tokenizer", tokenizer, "--output-prefix", str(prefix), "--overwrite"]
+    return [*command, "--workers", str(args.workers)]
+
+
+def megatron_commands(
+    args: argparse.Namespace, plain: Path, folder: Path
+) -> list[tuple[str, list[str], Path]]:
+    """Return (name, command, prefix) of each of Megatron-LM's tools that can run here."""
+    tokenizer = Path(args.tokenizer).resolve()
+    common = ["--input", str(plain), "--append-eod"]
+    classic = [args.megatron_python, "tools/preprocess_data.py", "--workers", str(args.workers)]
+    fast = [args.megatron_python, "tools/preprocess_data_fast.py", "--use-gigatoken"]
+    runs: list[tuple[str, list[str], Path]] = []
+    if (tokenizer / "tokenizer.json").is_file():
+        hf = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+        runs += [
+            (name, [*tool, *common, *hf, "--output-prefix", str(folder / name)], folder / name)
+            for name, tool in (("megatron-hf", classic), ("megatron-fast", fast))
+        ]
+    model = tokenizer / "tokenizer.model"
+    if model.is_file():
+        name = "megatron-sentencepiece"
+        kind = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+        command = [*classic, *common, *kind, "--output-prefix", str(folder / name)]
+        runs.append((name, command, folder / name))
+    return runs
+
+
+def decompressed(path: str, folder: Path) -> Path:
+    """Return the text's plain `.jsonl`, made in `folder` when the input is compressed."""
+    import zstandard
+
+    if not path.endswith(".zst"):
+        return Path(path).resolve()
+    plain = folder / "plain.jsonl"
+    with open(path, "rb") as source, open(plain, "wb") as target:
+        zstandard.ZstdDecompressor().copy_stream(source, target)
+    return plain
+
+
+def rows(runs: list[Run]) -> list[dict[str, object]]:
+    """Return one row a tool: its best round, and how many times as long it took as ours."""
+    names = list(dict.fromkeys(run.name for run in runs))
+    best = {
+        name: min((run for run in runs if run.name == name), key=lambda run: run.wall_seconds)
+        for name in names
+    }
+    ours = best["litespark"]
+    return [
+        asdict(run)
+        | {
+            "wall_of_ours": round(run.wall_seconds / ours.wall_seconds, 2),
+            "cpu_of_ours": round(run.cpu_seconds / ours.cpu_seconds, 2),
+        }
+        for run in best.values()
+    ]
+
+
+def print_table(table: list[dict[str, object]]) -> None:
+    """Print the rows as a table."""
+    print(f"{'tool':24} {'wall s':>7} {'CPU s':>7} {'PSS MB':>7} {'RSS MB':>7} {'x wall':>7} x CPU")
+    for row in table:
+        print(
+            f"{row['name']:24} {row['wall_seconds']:7} {row['cpu_seconds']:7} "
+            f"{row['peak_pss_mb']:7} {row['peak_rss_mb']:7} {row['wall_of_ours']:7} "
+            f"{row['cpu_of_ours']}  {row['bin_sha256']} {row['idx_sha256']}"
+        )
+
+
+def main() -> None:
+    """Run all tools in turn, print the table, and write it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, help=".jsonl or .jsonl.zst with a key `text`")
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    parser.add_argument("--workers", type=int, default=psutil.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--megatron", metavar="DIR", help="a checkout of Megatron-LM")
+    parser.add_argument("--megatron-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--json", metavar="FILE", help="where to write the result")
+    args = parser.parse_args()
+    args.input = str(Path(args.input).resolve())
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = decompressed(args.input, folder) if args.megatron else folder
+        tokenizer = str(Path(args.tokenizer).resolve())
+        for _ in range(args.rounds):
+            command = our_command(args, tokenizer, folder / "ours")
+            runs.append(measure("litespark", command, folder / "ours", ROOT))
+            for tool, command, prefix in megatron_commands(args, plain, folder):
+                if args.megatron:
+                    runs.append(measure(tool, command, prefix, Path(args.megatron).resolve()))
+    table = rows(runs)
+    print_table(table)
+    if args.json:
+        result = {
+            "input": {"name": Path(args.input).name, "bytes": os.path.getsize(args.input)},
+            "workers": args.workers,
+            "machine": {"processor": platform.processor(), "cores": psutil.cpu_count()},
+            "python": platform.python_version(),
+            "gigatoken": version("gigatoken"),
+            "best": table,
+            "rounds": [asdict(run) for run in runs],
+        }
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
