@@ -7,9 +7,10 @@
 Every tool is started as a user would start it, on the same text, one after another, `--rounds`
 times in turn; each round's figures are kept and the best wall time is compared.  Wall time counts
 from the start of the process to its end, so imports are in it.  CPU-seconds are those of the
-process and all its children.  Peak memory is the largest sum, over all processes of the tool, of
-PSS (what a process holds, shared pages divided among their holders), sampled every 50 ms; the sum
-of RSS, which counts shared pages once a process, stands beside it.
+process and all its children.  Peak memory is taken in one more run, which is not timed, for looking
+costs time: the largest sum, over all processes of the tool, of PSS (what a process holds, shared
+pages divided among their holders), sampled every 50 ms; the sum of RSS, which counts shared pages
+once a process, stands beside it.
 
 Megatron-LM's tools read plain `.jsonl`, so they get the decompressed file, and decompressing it is
 not counted.  `preprocess_data_fast.py` needs Python 3.12 or newer and gigatoken.  The classic tool
@@ -28,9 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -51,7 +53,9 @@ class Run:
     idx_sha256: str
 
 
-def measure(name: str, command: Sequence[str], prefix: Path, cwd: Path) -> Run:
+def measure(
+    name: str, command: Sequence[str], prefix: Path, cwd: Path, *, watch_memory: bool
+) -> Run:
     """Run a command that writes `<prefix>_text_document.bin` and `.idx`.
 
     Raises:
@@ -61,7 +65,8 @@ def measure(name: str, command: Sequence[str], prefix: Path, cwd: Path) -> Run:
     started, before = time.perf_counter(), os.times()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
-        pss_mb, rss_mb = _watch(process)
+        pss_mb, rss_mb = _watch(process) if watch_memory else (0.0, 0.0)
+        process.wait()
         wall_seconds = time.perf_counter() - started
         if process.returncode:
             log.seek(0)
@@ -142,13 +147,15 @@ def decompressed(path: str, folder: Path) -> Path:
     return plain
 
 
-def rows(runs: list[Run]) -> list[dict[str, object]]:
+def rows(runs: list[Run]) -> list[dict[str, Any]]:
     """Return one row a tool: its best round, and how many times as long it took as ours."""
     names = list(dict.fromkeys(run.name for run in runs))
-    best = {
-        name: min((run for run in runs if run.name == name), key=lambda run: run.wall_seconds)
-        for name in names
-    }
+    best: dict[str, Run] = {}
+    for name in names:
+        *timed, watched = [run for run in runs if run.name == name]
+        fastest = min(timed, key=lambda run: run.wall_seconds)
+        memory = {"peak_pss_mb": watched.peak_pss_mb, "peak_rss_mb": watched.peak_rss_mb}
+        best[name] = replace(fastest, **memory)
     ours = best["litespark"]
     return [
         asdict(run)
@@ -160,7 +167,7 @@ def rows(runs: list[Run]) -> list[dict[str, object]]:
     ]
 
 
-def print_table(table: list[dict[str, object]]) -> None:
+def print_table(table: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     print(f"{'tool':24} {'wall s':>7} {'CPU s':>7} {'PSS MB':>7} {'RSS MB':>7} {'x wall':>7} x CPU")
     for row in table:
@@ -179,7 +186,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, help=".jsonl or .jsonl.zst with a key `text`")
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megatron", metavar="DIR", help="a checkout of Megatron-LM")
     parser.add_argument("--megatron-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--json", metavar="FILE", help="where to write the result")
@@ -190,12 +197,14 @@ def main() -> None:
         folder = Path(name)
         plain = decompressed(args.input, folder) if args.megatron else folder
         tokenizer = str(Path(args.tokenizer).resolve())
-        for _ in range(args.rounds):
+        for round_number in range(args.rounds + 1):
+            watch = round_number == args.rounds
             command = our_command(args, tokenizer, folder / "ours")
-            runs.append(measure("litespark", command, folder / "ours", ROOT))
+            runs.append(measure("litespark", command, folder / "ours", ROOT, watch_memory=watch))
             for tool, command, prefix in megatron_commands(args, plain, folder):
                 if args.megatron:
-                    runs.append(measure(tool, command, prefix, Path(args.megatron).resolve()))
+                    checkout = Path(args.megatron).resolve()
+                    runs.append(measure(tool, command, prefix, checkout, watch_memory=watch))
     table = rows(runs)
     print_table(table)
     if args.json:
