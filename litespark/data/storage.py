@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -124,7 +124,7 @@ def read_blocks(path: str) -> Iterator[bytes]:
             yield block
 
 
-def upload(local: str | os.PathLike[str], remote: str) -> Iterator[int]:
+def upload(local: str | os.PathLike[str], remote: str) -> Generator[int, None, None]:
     """Copy a local file to a store, yielding the bytes of each part sent; whole or not at all.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,7 +252,7 @@ def test_failed_job_sends_nothing_and_failed_sending_keeps_the_shard(
         pytest.raises(LitesparkError, match="The shard is whole at ") as caught,
         transfer.local_output(f"{BUCKET}/p") as prefix,
     ):
-        write_shard(f"{prefix}_text_document", [3])
+        write_shard(Path(f"{prefix}_text_document"), [3])
     assert prefix in str(caught.value)
     assert IndexedReader(f"{prefix}_text_document").tokens == 3
     assert names(store) == []
