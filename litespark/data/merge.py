@@ -181,16 +181,18 @@ def _check_manifests(shards: Sequence[_Input]) -> None:
                 f"{shards[0].prefix} with {one.tokenizer.identity[:12]}",
                 "Merge shards of one tokenizer.",
             )
-        if one.append_eod != other.append_eod:
+        if _frame(one) != _frame(other):
             raise UserError(
                 f"--input {shard.prefix}",
-                f"was written {_eod(other)} end-of-text tokens, {shards[0].prefix} {_eod(one)}",
-                "Merge shards with one rule for the ends of documents.",
+                f"was written {_frame(other)}, {shards[0].prefix} {_frame(one)}",
+                "Merge shards with one rule for the starts and ends of documents.",
             )
 
 
-def _eod(manifest: Manifest) -> str:
-    return "with" if manifest.append_eod else "without"
+def _frame(manifest: Manifest) -> str:
+    start = "with" if manifest.prepend_bos else "without"
+    end = "with" if manifest.append_eod else "without"
+    return f"{start} begin-of-text tokens and {end} end-of-text tokens"
 
 
 def _copy_tokens(shard: _Input, file: HashingFile, report: Callable[[int], None]) -> None:
@@ -277,5 +279,12 @@ def _merged_manifest(shards: Sequence[_Input], files: ShardFiles) -> Manifest | 
         skipped_bad_lines=sum(manifest.skipped_bad_lines for manifest in manifests),
         replaced_surrogates=sum(manifest.replaced_surrogates for manifest in manifests),
         litespark_version=__version__,
+        split_by=_common({manifest.split_by for manifest in manifests}),
+        subset=_common({manifest.subset for manifest in manifests}),
         format_version=FORMAT_VERSION,
     )
+
+
+def _common(values: set[str | None]) -> str | None:
+    """What all inputs share, None where they differ."""
+    return values.pop() if len(values) == 1 else None

@@ -106,7 +106,7 @@ def test_megatrons_flags_take_a_folder(written, tmp_path):
     ("names", "problem"),
     [
         (("a", "foreign"), "was written with the tokenizer of SHA-256"),
-        (("a", "bare"), "was written without end-of-text tokens"),
+        (("a", "bare"), "and without end-of-text tokens, "),
         (("a", "b", "a"), "is named twice"),
         (("a", "nowhere"), "is missing"),
     ],
