@@ -8,8 +8,9 @@ worth: two seeds see other samples and begin with other weights.
     python tools/benchmarks/equal_learning.py --data P_text_document --tokens 100000000 \
         --runs bf16-triton fp8-triton bf16-reference bf16-triton:seed=2 --out runs/equal_learning
 
-Writes OUT/<run>/ (ordinary run folders), and OUT/equal_learning.{json,csv,svg}.  A run whose folder
-is complete is not repeated, so that the script may be started again for more runs.
+Writes OUT/<run>/ (ordinary run folders), OUT/equal_learning.{json,csv} and two pictures.  A run
+whose folder is complete is not repeated, so that the script may be started again for more runs;
+with --no-train nothing is trained, and a run that was cut off is compared as far as it went.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> int:
     """Train what is missing, compare, write."""
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for run in arguments.runs:
+    for run in arguments.runs if arguments.train else []:
         train(run, arguments)
     found = {run: read_run(folder_of(run, arguments)) for run in arguments.runs}
     baseline = arguments.baseline or arguments.runs[0]
@@ -64,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="prefix of a shard")
+    parser.add_argument("--data", help="prefix of a shard; not needed with --no-train")
     parser.add_argument("--runs", nargs="+", required=True, help="PRECISION-BACKEND[:key=value,..]")
     parser.add_argument("--baseline", help="the run to compare with; default: the first")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
@@ -75,8 +76,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--global-batch", type=int, default=64, help="samples of a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="warm-up steps, not compared")
+    parser.add_argument(
+        "--train",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train what is missing (default), or only compare what is there",
+    )
     parser.add_argument("--eval-every", type=int, default=250, help="steps between validations")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.train and not arguments.data:
+        parser.error("--data is needed to train")
+    return arguments
 
 
 def folder_of(run: str, arguments: argparse.Namespace) -> Path:
@@ -133,13 +143,17 @@ def read_run(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def compare(run: dict, baseline: dict, warmup: int) -> dict[str, float | None]:
-    """Gaps of the smoothed losses, relative to the baseline; positive: worse than it."""
-    steps = [step for step, _ in baseline["loss"]]
-    ours = smoothed([loss for _, loss in run["loss"]])
-    theirs = smoothed([loss for _, loss in baseline["loss"]])
+    """Gaps of the smoothed losses, relative to the baseline; positive: worse than it.
+
+    Both are taken as far as the shorter of them went, validation at its last step.
+    """
+    steps = [step for (step, _), _ in zip(baseline["loss"], run["loss"], strict=False)]
+    ours = smoothed([loss for _, loss in run["loss"][: len(steps)]])
+    theirs = smoothed([loss for _, loss in baseline["loss"][: len(steps)]])
     gaps = [(o - t) / t for s, o, t in zip(steps, ours, theirs, strict=True) if s > warmup]
     tail = max(1, len(gaps) // 50)
-    final, wanted = run["validation"][-1][1], baseline["validation"][-1][1]
+    wanted = dict(baseline["validation"])
+    step, final = [pair for pair in run["validation"] if pair[0] in wanted][-1]
     return {
         "steps": len(steps),
         "final_smoothed_loss": ours[-1 - tail],
@@ -147,42 +161,38 @@ def compare(run: dict, baseline: dict, warmup: int) -> dict[str, float | None]:
         "largest_gap_percent": 100 * max(gaps),
         "mean_gap_percent": 100 * sum(gaps) / len(gaps),
         "root_mean_square_gap_percent": 100 * math.sqrt(sum(g * g for g in gaps) / len(gaps)),
-        "final_validation_loss": final,
-        "final_validation_gap_percent": 100 * (final - wanted) / wanted,
+        "validation_step": step,
+        "validation_loss": final,
+        "validation_gap_percent": 100 * (final - wanted[step]) / wanted[step],
     }
 
 
 def write_curves(out: Path, found: dict[str, dict], warmup: int, baseline: str) -> None:
     """Every step's loss of every run as CSV; smoothed losses and gaps as a picture."""
-    names = list(found)
+    losses_of = {name: dict(run["loss"]) for name, run in found.items()}
     with (out / "equal_learning.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", *names])
-        for rows in zip(*(found[name]["loss"] for name in names), strict=True):
-            writer.writerow([rows[0][0], *(f"{loss:.5f}" for _, loss in rows)])
-    steps = [step for step, _ in found[baseline]["loss"]]
-    late = [index for index, step in enumerate(steps) if step > warmup]
-    curves = {name: smoothed([loss for _, loss in found[name]["loss"]]) for name in names}
-    x = [float(steps[i]) for i in late]
-    losses = [
-        Series(name, x, [curves[name][i] for i in late], STYLES[number % len(STYLES)])
-        for number, name in enumerate(names)
-    ]
-    gaps = [
-        Series(
-            name,
-            x,
-            [100 * (curves[name][i] / curves[baseline][i] - 1) for i in late],
-            STYLES[number % len(STYLES)],
-        )
-        for number, name in enumerate(names)
-    ]
+        writer.writerow(["step", *found])
+        for step in sorted(set().union(*losses_of.values())):
+            values = [losses_of[name].get(step) for name in found]
+            writer.writerow([step, *("" if loss is None else f"{loss:.5f}" for loss in values)])
+    base = smoothed([loss for _, loss in found[baseline]["loss"]])
+    losses, gaps = [], []
+    for number, (name, run) in enumerate(found.items()):
+        curve = smoothed([loss for _, loss in run["loss"]])
+        shown = range(warmup, min(len(curve), len(base)))
+        x = [float(run["loss"][i][0]) for i in shown]
+        style = STYLES[number % len(STYLES)]
+        losses.append(Series(name, x, [curve[i] for i in shown], style))
+        gaps.append(Series(name, x, [100 * (curve[i] / base[i] - 1) for i in shown], style))
     charts = [
         Chart("Training loss, smoothed", "step", "nats per token", losses, []),
         Chart(f"Difference from {baseline}", "step", "% of the loss", gaps, []),
     ]
     for chart, suffix in zip(charts, ("loss", "gap"), strict=True):
         text = line_chart(chart)
+        # A file of its own needs the namespace, which a picture inside a page does not.
+        text = text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         styled = text.replace(">", f"><style>{COLOURS}{CHART_STYLE}</style>", 1)
         (out / f"equal_learning_{suffix}.svg").write_text(styled)
 
