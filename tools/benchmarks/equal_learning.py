@@ -176,11 +176,13 @@ def write_curves(out: Path, found: dict[str, dict], warmup: int, baseline: str) 
         for step in sorted(set().union(*losses_of.values())):
             values = [losses_of[name].get(step) for name in found]
             writer.writerow([step, *("" if loss is None else f"{loss:.5f}" for loss in values)])
-    base = smoothed([loss for _, loss in found[baseline]["loss"]])
     losses, gaps = [], []
     for number, (name, run) in enumerate(found.items()):
-        curve = smoothed([loss for _, loss in run["loss"]])
-        shown = range(warmup, min(len(curve), len(base)))
+        # Cut to one length first: how far a mean reaches depends on it.
+        length = min(len(run["loss"]), len(found[baseline]["loss"]))
+        curve = smoothed([loss for _, loss in run["loss"][:length]])
+        base = smoothed([loss for _, loss in found[baseline]["loss"][:length]])
+        shown = range(warmup, length)
         x = [float(run["loss"][i][0]) for i in shown]
         style = STYLES[number % len(STYLES)]
         losses.append(Series(name, x, [curve[i] for i in shown], style))
