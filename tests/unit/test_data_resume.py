@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def commits(monkeypatch):
 
 
 def options(data, tokenizer, prefix, **changes):
-    given = {"on_error": "skip", "split_by": "meta.redpajama_set_name"} | changes
+    given: dict[str, Any] = {"on_error": "skip", "split_by": "meta.redpajama_set_name"} | changes
     return PreprocessOptions((str(data),), str(tokenizer), str(prefix), **given)
 
 
