@@ -7,9 +7,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from litespark.cli.arguments import add_command
+from litespark.errors import UserError
 from litespark.utils.processes import available_cores
 
 if TYPE_CHECKING:  # the help must not wait for numpy
@@ -21,7 +23,8 @@ Turn text into indexed shards that `litespark train` (and Megatron-LM) reads.
 
 Input is JSON lines, one object a line with the text under --json-key (.jsonl, .jsonl.zst,
 .jsonl.gz), parquet with a column of that name, or plain text (.txt, .txt.zst, .txt.gz), one
-document a file.  Name files, folders (searched recursively, in sorted order) or quoted globs.
+document a file.  Name files, folders (searched recursively, in sorted order) or quoted globs, also
+in an S3-compatible store (s3://BUCKET/NAME, extra s3; parquet only from this machine).
 SlimPajama's tree works as it is.  In a folder that holds other data, .txt files are passed over.
 
 Output is P_text_document.bin (token ids), .idx (where each document is) and .json (the manifest:
@@ -29,6 +32,8 @@ counts, checksums, the tokenizer's hash, the sources with their hashes).  They a
 job ends, or not at all.  Documents keep the order of the input, and the bytes are the same for
 every number of workers.  With --split-by, each sub-source has a shard of its own,
 P_SUBSOURCE_text_document; with several keys, each key has.
+
+With --output-prefix s3://BUCKET/NAME the shards are written below $TMPDIR first and then sent.
 
 Until then the work lies in the folder P.partial.  A job that was killed, or met a full disk, goes
 on there with --resume and the same options, and ends with the same bytes; without --resume that
@@ -86,7 +91,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="DATA",
-        help="files, folders and globs, taken in this order",
+        help="files, folders and globs, local or s3://..., taken in this order",
     )
     parser.add_argument(
         "--output-prefix",
@@ -183,19 +188,31 @@ def run_options(options: PreprocessOptions) -> int:
         LitesparkError: see `litespark.data.preprocess.preprocess`.
     """
     from litespark.data.preprocess import Progress, preprocess
+    from litespark.data.storage import is_remote
+    from litespark.data.transfer import local_output
 
+    if options.resume and is_remote(options.output_prefix):
+        raise UserError(
+            f"--resume with --output-prefix {options.output_prefix}",
+            "what is unfinished lies on the machine that wrote it, not in the store",
+            "Write to a local prefix, and send the shards with `litespark data copy`.",
+        )
     # A scheduler's SIGTERM unwinds like an error, so that the workers go.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     last = Progress()
 
-    with _progress_line() as show:
+    with (
+        local_output(options.output_prefix, options.overwrite) as prefix,
+        _progress_line() as show,
+    ):
 
         def report(progress: Progress) -> None:
             nonlocal last
             last = progress
             show(progress)
 
-        manifests = preprocess(options, report, _say)
+        local = replace(options, output_prefix=prefix)
+        manifests = preprocess(local, report, _say)
     sys.stdout.write(summary(options, manifests, last))
     return 0
 

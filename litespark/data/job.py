@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from litespark.data import workers
+from litespark.data import storage, workers
 from litespark.data.documents import BadLine
 from litespark.data.manifest import (
     Manifest,
@@ -68,7 +68,7 @@ class Job:
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
         )
-        self._stats = [os.stat(source.path) for source in sources]
+        self._versions = [storage.version_of(source.path) for source in sources]
         self._number_of = {source.path: number for number, source in enumerate(sources)}
         self._meter = Meter()
         self._shards: dict[str, ShardWork] = {}
@@ -79,7 +79,8 @@ class Job:
         self._quarantine_bytes = 0
         self._sealed_names: dict[str, str] = {}
         self.progress = Progress(
-            files_total=len(sources), total_bytes=sum(stat.st_size for stat in self._stats)
+            files_total=len(sources),
+            total_bytes=sum(version.size_bytes for version in self._versions),
         )
         self._started = self._last_commit = time.monotonic()
 
@@ -115,8 +116,8 @@ class Job:
             "append_eod": options.append_eod,
             "prepend_bos": options.prepend_bos,
             "sources": [
-                [source.path, stat.st_size, stat.st_mtime_ns]
-                for source, stat in zip(self.sources, self._stats, strict=True)
+                [source.path, version.size_bytes, version.change]
+                for source, version in zip(self.sources, self._versions, strict=True)
             ],
         }
 
@@ -168,7 +169,7 @@ class Job:
         for number, source in enumerate(self.sources):
             self.progress.files_begun = number + 1
             if number < self._source and number in self._digests:
-                self._meter.read_bytes += self._stats[number].st_size
+                self._meter.read_bytes += self._versions[number].size_bytes
                 continue
             done = self._blocks_done if number == self._source else 0
             for block in iterate_blocks(source, meter=self._meter, columns=columns):
@@ -322,7 +323,7 @@ class Job:
             sources=tuple(
                 SourceRecord(
                     name=source.name,
-                    size_bytes=self._stats[number].st_size,
+                    size_bytes=self._versions[number].size_bytes,
                     documents=shard.documents_of.get(number, 0),
                     sha256=self._digests[number],
                 )

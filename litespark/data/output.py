@@ -9,19 +9,26 @@ from pathlib import Path
 
 from litespark.data.indexed import bin_path, idx_path
 from litespark.data.manifest import manifest_path
+from litespark.data.storage import is_remote
 from litespark.errors import LitesparkError, UserError
 from litespark.utils.files import temporary_name
 
 
 def check_output_name(output_prefix: str) -> None:
-    """Refuse a prefix that ends in no name.
+    """Refuse a prefix that ends in no name, or lies in a store, where nothing can be renamed.
 
     Args:
         output_prefix: what the user typed after --output-prefix.
 
     Raises:
-        UserError: when it is empty or ends like a folder.
+        UserError: when it is empty, ends like a folder, or is not on this machine.
     """
+    if is_remote(output_prefix):
+        raise UserError(
+            f"--output-prefix {output_prefix}",
+            "is in a store, and shards are made on this machine",
+            "Give a local prefix, and send the shards with `litespark data copy`.",
+        )
     if os.path.basename(output_prefix) in ("", ".", ".."):
         raise UserError(
             f"--output-prefix {output_prefix or repr('')}",

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from litespark.data import storage
 from litespark.errors import UserError
 
 FOLDER_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
@@ -108,7 +109,8 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         sources.extend(_sources_of(given))
     seen: dict[str, str] = {}
     for source in sources:
-        real_path = os.path.realpath(source.path)
+        is_local = not storage.is_remote(source.path)
+        real_path = os.path.realpath(source.path) if is_local else source.path
         if real_path in seen:
             earlier = seen[real_path]
             other = "" if earlier == source.path else f" (first as {earlier})"
@@ -126,6 +128,8 @@ def _sources_of(given: str) -> list[Source]:
         raise UserError(
             "--input ''", "is empty", "Name a file, a folder or a glob; is a variable unset?"
         )
+    if storage.is_remote(given):
+        return _remote_sources(given)
     # os.path here and below: pathlib raises where a name is too long or a folder may not be read.
     if os.path.lexists(given):
         found = _sources_at(Path(given))
@@ -149,6 +153,37 @@ def _sources_of(given: str) -> list[Source]:
             f"Name an existing {_NAMED_SUFFIXES} or .txt file, a folder of them, or a glob.",
         )
     return list(once.values())
+
+
+def _remote_sources(given: str) -> list[Source]:
+    """Return the objects in a store that `given` names: one, a folder of them, or a glob."""
+    try:
+        files = [file.path for file in storage.list_files(given)]
+    except OSError as error:
+        raise UserError(
+            f"--input {given}",
+            f"cannot be listed: {error.strerror or error}",
+            "Check the name, the credentials and AWS_ENDPOINT_URL.",
+        ) from error
+    found = [path for path in files if path.endswith(FOLDER_SUFFIXES)] or [
+        path for path in files if path.endswith(FILE_SUFFIXES)
+    ]
+    if not found:
+        raise UserError(
+            f"--input {given}",
+            f"there is no {_NAMED_SUFFIXES} or .txt object of that name or below it",
+            "Give s3://BUCKET/NAME of an object, a folder of them, or a glob.",
+        )
+    for path in found:
+        if path.endswith(".parquet"):
+            raise UserError(
+                f"--input {path}",
+                "is a parquet file in a store, which is read out of order",
+                "Copy it to this machine first.",
+            )
+    # Named from the last part of what was given, as for a local folder.
+    parent = given.rstrip("/").rpartition("/")[0] + "/"
+    return [Source(path, path.removeprefix(parent)) for path in found]
 
 
 def _sources_at(path: Path) -> list[Source]:
@@ -192,7 +227,7 @@ def open_source(path: str) -> BinaryIO:
     Raises:
         OSError: when the file cannot be opened.
     """
-    return open(path, "rb")
+    return storage.open_for_reading(path)
 
 
 def iterate_blocks(

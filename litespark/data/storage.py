@@ -37,6 +37,14 @@ class RemoteFile:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class FileVersion:
+    """A file's size, and its time of change in ns (local) or its ETag (in a store)."""
+
+    size_bytes: int
+    change: int | str
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Return whether a path names an object in a store.
 
@@ -77,6 +85,20 @@ def size_bytes(path: str) -> int:
         return os.path.getsize(path)
     with _as_os_error(path):
         return int(_store().info(path)["size"])
+
+
+def version_of(path: str) -> FileVersion:
+    """Return what tells a file from a later one of the same name.
+
+    Raises:
+        OSError: when it is missing or cannot be asked for.
+    """
+    if not is_remote(path):
+        found = os.stat(path)
+        return FileVersion(found.st_size, found.st_mtime_ns)
+    with _as_os_error(path):
+        entry = _store().info(path)
+    return FileVersion(int(entry["size"]), str(entry.get("ETag", "")))
 
 
 def exists(path: str) -> bool:

@@ -159,6 +159,10 @@ def local_output(output_prefix: str, overwrite: bool = False) -> Iterator[str]:
         for index in sorted(folder.glob("*.idx")):
             shard = index.name.removesuffix(".idx")
             upload_shard(str(folder / shard), f"{parent}/{shard}", overwrite)
+        for listed in sorted(folder.glob("*.txt")):  # what was skipped
+            with _told(f"{parent}/{listed.name}"):
+                for _ in storage.upload(listed, f"{parent}/{listed.name}"):
+                    pass
     except LitesparkError:
         if not is_written:
             shutil.rmtree(folder, ignore_errors=True)

@@ -209,3 +209,8 @@ def _make_sparse(prefix, tokens_each, documents):
         file.write(np.arange(documents + 1, dtype="<i8").tobytes())
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(2 * tokens_each * documents)
+
+
+def test_shards_are_not_merged_into_a_store(written, capsys):
+    assert merge("--input", *prefixes(written, ("a", "b")), "--output-prefix", "s3://b/x") == 2
+    assert "in a store" in capsys.readouterr().err

@@ -279,3 +279,79 @@ def test_missing_library_names_the_extra(monkeypatch, capsys, tmp_path):
         storage.open_for_reading("s3://bucket/a")
     assert command("copy", "s3://bucket/a", tmp_path) == 2
     assert "litespark[s3]" in capsys.readouterr().err
+
+
+def run_preprocess(folder, *arguments):
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.is_dir():
+        train_json_tokenizer(tokenizer)
+    return main(["preprocess", "--tokenizer", str(tokenizer), *map(str, arguments)])
+
+
+@pytest.fixture
+def text(store, tmp_path):
+    """Two files in the store, one of them compressed, and the same two on this machine."""
+    import gzip
+
+    first = write_jsonl(tmp_path / "text" / "a.jsonl", PARAGRAPHS[:30])
+    second = write_jsonl(tmp_path / "b.jsonl", PARAGRAPHS[30:50])
+    packed = tmp_path / "text" / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(second.read_bytes()))
+    put(store, "text/a.jsonl", first.read_bytes())
+    put(store, "text/b.jsonl.gz", packed.read_bytes())
+    put(store, "text/readme.txt", b"passed over")
+    return tmp_path / "text"
+
+
+def test_preprocess_from_store_to_store_is_preprocess_on_this_machine(text, tmp_path):
+    options = ["--workers", "1"]
+    local = ["--input", text, "--output-prefix", tmp_path / "local"]
+    assert run_preprocess(tmp_path, *options, *local) == 0
+    remote = ["--input", f"{BUCKET}/text", "--output-prefix", f"{BUCKET}/shards/c"]
+    assert run_preprocess(tmp_path, *options, *remote) == 0
+    prefix = f"{BUCKET}/shards/c_text_document"
+    back = tmp_path / "back"
+    back.mkdir()
+    assert command("copy", prefix, back) == 0
+    for suffix in (".bin", ".idx"):
+        ours = (back / f"c_text_document{suffix}").read_bytes()
+        assert ours == (tmp_path / f"local_text_document{suffix}").read_bytes()
+    here = read_manifest(tmp_path / "local_text_document")
+    there = read_manifest(back / "c_text_document")
+    assert here is not None
+    assert there is not None
+    assert here.sources == there.sources  # names, sizes, hashes, documents
+
+
+def test_what_was_skipped_goes_to_the_store_too(store, tmp_path):
+    put(store, "bad.jsonl", b'{"text": "a b c"}\n{broken\n')
+    remote = ["--input", f"{BUCKET}/bad.jsonl", "--output-prefix", f"{BUCKET}/out/c"]
+    assert run_preprocess(tmp_path, *remote, "--workers", "1", "--on-error", "skip") == 0
+    assert "out/c_quarantine.txt" in names(store)
+    with store.open(f"{BUCKET}/out/c_quarantine.txt", "rb") as file:
+        assert file.read().startswith(b"s3://shelf/bad.jsonl:2: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--input", f"{BUCKET}/nothing", "--output-prefix", "{here}/x"], "no .jsonl"),
+        (["--input", "s3://nowhere/at-all", "--output-prefix", "{here}/x"], "nowhere"),
+        (["--input", f"{BUCKET}/t.parquet", "--output-prefix", "{here}/x"], "out of order"),
+        (
+            ["--input", f"{BUCKET}/a.jsonl", "--output-prefix", f"{BUCKET}/x", "--resume"],
+            "not in the store",
+        ),
+        (
+            ["--input", f"{BUCKET}/a.jsonl", f"{BUCKET}/a.jsonl", "--output-prefix", "{here}/x"],
+            "named twice",
+        ),
+    ],
+)
+def test_mistakes_with_a_store_are_told(store, tmp_path, capsys, arguments, problem):
+    put(store, "a.jsonl", b'{"text": "a"}\n')
+    put(store, "t.parquet", b"PAR1")
+    given = [argument.format(here=tmp_path) for argument in arguments]
+    assert run_preprocess(tmp_path, *given, "--workers", "1") == 2
+    assert problem in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
