@@ -20,7 +20,7 @@ FILE_NAME = "run_state.json"
 
 # What may differ between the model that was saved and the one that loads it.
 _NOT_SHAPE = {
-    *("preset", "backend", "init_std", "max_sequence_length"),
+    *("preset", "backend", "attention", "init_std", "max_sequence_length"),
     "vocab_padding_multiple",  # what counts is the padded size, which is compared by itself
 }
 

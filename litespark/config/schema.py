@@ -81,6 +81,21 @@ class ModelConfig(Section):
         "is Litespark's fused blocks; `te` is Transformer Engine; `auto` takes the fastest that "
         "this machine and configuration can run.",
     )
+    attention: Literal[
+        "auto",
+        "flash-cute",
+        "flash3",
+        "flash2",
+        "cudnn",
+        "sdpa-flash",
+        "sdpa-efficient",
+        "sdpa-math",
+    ] = Field(
+        default="auto",
+        description="Library of the core attention of backend `triton`: FlashAttention 4 (CuTe), 3 "
+        "or 2, cuDNN, or one of torch's kernels; `auto` measures those that are there at the first "
+        "step and takes the fastest.",
+    )
 
     @model_validator(mode="before")
     @classmethod

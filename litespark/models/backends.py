@@ -39,6 +39,8 @@ class Backend(LocalSpecProvider):
 
     def __init__(self, config: RunConfig) -> None:
         self.policy = PrecisionPolicy(config.precision, config.model.num_layers)
+        named = config.model.attention
+        self.attention: str | None = None if named == "auto" else named
 
     @classmethod
     def obstacle(cls, config: RunConfig) -> str | None:
@@ -72,6 +74,10 @@ class Backend(LocalSpecProvider):
     def core_attention(self) -> type:
         """Softmax attention between the QKV and the output projection."""
         return ReferenceCoreAttention
+
+    def core_attention_arguments(self) -> dict[str, Any]:
+        """What the core attention is built with beside megatron-core's arguments."""
+        return {}
 
 
 class TritonBackend(Backend):
@@ -132,6 +138,10 @@ class TritonBackend(Backend):
         from litespark.modules.fused_core_attention import FusedCoreAttention
 
         return FusedCoreAttention
+
+    def core_attention_arguments(self) -> dict[str, Any]:
+        """The library that the configuration names, if it names one."""
+        return {"forced_backend": self.attention}
 
 
 class TransformerEngineBackend(Backend):
@@ -194,6 +204,41 @@ def backend_for(config: RunConfig) -> tuple[type[Backend], str | None]:
     Raises:
         UserError: the backend that was asked for by name cannot, or none can.
     """
+    provider, obstacle = _fastest_or_named(config)
+    if config.model.attention != "auto":
+        if provider is not TritonBackend:
+            raise UserError(
+                f"model.attention = {config.model.attention}",
+                f"is a choice of model.backend = triton; this run takes {provider.name}",
+                "Set model.attention=auto, or model.backend=triton.",
+            )
+        _check_attention(config)
+    return provider, obstacle
+
+
+def _check_attention(config: RunConfig) -> None:
+    """Raise a UserError if the attention asked for by name cannot compute this run here."""
+    from litespark.modules.attention_backends import AttentionCase
+    from litespark.modules.attention_choice import choose_attention
+
+    model, parallel = config.model, config.parallel
+    on_gpu = torch.cuda.is_available()
+    length = config.data.sequence_length
+    case = AttentionCase(
+        batch=config.batch.micro,
+        q_length=length // (2 * parallel.context) if parallel.context > 1 else length,
+        kv_length=length,
+        heads=model.num_attention_heads // parallel.tensor,
+        groups=max(1, model.num_query_groups // parallel.tensor),
+        head_dim=model.head_dim,
+        dtype=torch.float32 if config.precision.mode == "fp32" else torch.bfloat16,
+        device_type="cuda" if on_gpu else "cpu",
+        capability=torch.cuda.get_device_capability() if on_gpu else None,
+    )
+    choose_attention(case, force=model.attention)
+
+
+def _fastest_or_named(config: RunConfig) -> tuple[type[Backend], str | None]:
     name = config.model.backend
     if name != "auto":
         obstacle = BACKENDS[name].obstacle(config)

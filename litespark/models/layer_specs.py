@@ -33,7 +33,9 @@ def layer_spec(backend: Backend) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=normed_linear,
-            core_attention=backend.core_attention(),
+            core_attention=ModuleSpec(
+                module=backend.core_attention(), params=backend.core_attention_arguments()
+            ),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,

@@ -37,14 +37,14 @@ from litespark.modules.attention_choice import choose_attention
 class FusedCoreAttention(MegatronModule):
     """Causal softmax attention through the fastest backend for the shapes at hand.
 
-    `forced_backend` names a backend to take instead; None chooses.
+    `forced_backend` names a backend to take instead (`model.attention`); None chooses.
 
     Raises:
         LitesparkError: a mask type, dropout, bias or packing that no backend computes.
         UserError: the forced backend cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the slot has eight
         self,
         config: TransformerConfig,
         layer_number: int,
@@ -54,6 +54,7 @@ class FusedCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        forced_backend: str | None = None,
     ) -> None:
         super().__init__(config=config)
         del attention_type, cp_comm_type  # the slot's arguments; keys and values are all-gathered
@@ -65,7 +66,7 @@ class FusedCoreAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
         self.context_group = groups.cp
         self.softmax_scale = softmax_scale
-        self.forced_backend: str | None = None
+        self.forced_backend = forced_backend
 
     def forward(
         self,

@@ -35,10 +35,11 @@ class Alone:
         return 0
 
 
-def build(kind, group=None, *, mask=AttnMaskType.causal, dropout=0.0, scale=None):
+def build(kind, group=None, *, mask=AttnMaskType.causal, dropout=0.0, scale=None, forced=None):
     config = TransformerConfig(
         num_layers=1, hidden_size=64, num_attention_heads=4, attention_dropout=dropout
     )
+    named = {} if forced is None else {"forced_backend": forced}
     return kind(
         config,
         1,
@@ -46,6 +47,7 @@ def build(kind, group=None, *, mask=AttnMaskType.causal, dropout=0.0, scale=None
         "self",
         softmax_scale=scale,
         pg_collection=ProcessGroupCollection(cp=group or Alone()),
+        **named,
     )
 
 
@@ -223,8 +225,7 @@ def test_what_it_does_not_compute_is_refused():
         build(FusedCoreAttention)(*inputs, None, attention_bias=torch.zeros(4, 4))
     with pytest.raises(LitesparkError, match="cu_seqlens_q"):
         build(FusedCoreAttention)(*inputs, None, packed_seq_params=PackedSeqParams())
-    forced = build(FusedCoreAttention)
-    forced.forced_backend = "flash-cute"
+    forced = build(FusedCoreAttention, forced="flash-cute")
     with pytest.raises(LitesparkError, match="needs a CUDA device"):
         forced(*inputs, None)
 

@@ -94,7 +94,7 @@ def slots(backend: Backend) -> dict[str, Any]:
         "input_layernorm": layer.submodules.input_layernorm,
         "self_attention": attention.module,
         "linear_qkv": attention.submodules.linear_qkv,
-        "core_attention": attention.submodules.core_attention,
+        "core_attention": attention.submodules.core_attention.module,
         "linear_proj": attention.submodules.linear_proj,
         "pre_mlp_layernorm": layer.submodules.pre_mlp_layernorm,
         "mlp": mlp.module,
@@ -340,3 +340,26 @@ def test_only_transformer_engine_is_driven_by_megatron_core(backend, load):
 def test_what_no_machine_can_do_is_found_by_the_launcher(overrides, words, load):
     """Before any process starts."""
     assert words in "\n".join(map(str, validate(load(*overrides), 1)))
+
+
+def test_attention_by_name(load):
+    config = load("model.backend=triton", "model.attention=sdpa-math")
+    spec = layer_spec(select_backend(config))
+    slot = spec.submodules.self_attention.submodules.core_attention
+    assert slot.params == {"forced_backend": "sdpa-math"}
+    unnamed = layer_spec(select_backend(load("model.backend=triton")))
+    slot = unnamed.submodules.self_attention.submodules.core_attention
+    assert slot.params == {"forced_backend": None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.backend=triton", "model.attention=flash2"], "flash2.*needs a CUDA device"),
+        (["model.backend=reference", "model.attention=sdpa-math"], "takes reference"),
+    ],
+)
+def test_attention_that_cannot_be_used_is_an_error(load, machine, overrides, message):
+    machine(None)
+    with pytest.raises(UserError, match=message):
+        select_backend(load(*overrides))
