@@ -176,6 +176,14 @@ class DataConfig(Section):
         description="Shares of the documents for training, validation and test, in stored order.",
     )
     sequence_length: int = Field(ge=1, description="Tokens in one training sample.")
+    document_mask: bool = Field(
+        default=False,
+        description="Tokens see their own document only: attention, rotary positions (from 0 on) "
+        "and loss (the last token of a document predicts nothing) end where a document ends. "
+        "What Megatron-LM's --reset-attention-mask, --reset-position-ids and --eod-mask-loss do "
+        "together, but at the ends that the shard's index knows and not at a token id. Also for "
+        "validation; generating and exporting know no documents.",
+    )
     tokenizer: str | None = Field(
         default=None,
         description="Tokenizer folder or file; copied into exports, used by `generate`.",

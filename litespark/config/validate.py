@@ -28,6 +28,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_pipeline(config, world_size),
         *_check_batch(config, world_size),
         *_check_lengths(config),
+        *_check_documents(config),
         *_check_training(config),
     ]
 
@@ -263,6 +264,23 @@ def _check_lengths(config: RunConfig) -> Iterator[UserError]:
             f"data.split = {list(config.data.split)}",
             "needs a training share above 0 and no negative share",
             "Write e.g. [99, 1, 0].",
+        )
+
+
+def _check_documents(config: RunConfig) -> Iterator[UserError]:
+    if not config.data.document_mask:
+        return
+    if config.parallel.context > 1:
+        yield UserError(
+            f"data.document_mask = true with parallel.context = {config.parallel.context}",
+            "is not supported: documents cannot be split over context-parallel ranks yet",
+            "Set parallel.context=1, or data.document_mask=false.",
+        )
+    if config.model.backend == "te":
+        yield UserError(
+            "data.document_mask = true with model.backend = te",
+            "is not supported: document masks are computed by the backends triton and reference",
+            "Set model.backend=auto, or data.document_mask=false.",
         )
 
 

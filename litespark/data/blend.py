@@ -27,6 +27,7 @@ import numpy.typing as npt
 from litespark.data.corpus import Corpus
 from litespark.data.indexed import IndexedReader, bin_path, idx_path
 from litespark.data.manifest import read_manifest
+from litespark.data.sample import Sample
 from litespark.data.sample_index import IndexCache
 from litespark.data.verify import check_counts
 from litespark.errors import UserError
@@ -99,9 +100,13 @@ class Blend:
         return tuple(used)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Return sample `index` (0 or more, without end), int64 [sequence_length + 1]."""
+        """Return the tokens of sample `index`, int64 [sequence_length + 1]; see `read`."""
+        return self.read(index).tokens
+
+    def read(self, index: int) -> Sample:
+        """Return sample `index`, 0 or more and without end."""
         corpus, sample = self.locate(index)
-        return self.corpora[corpus][sample]
+        return self.corpora[corpus].read(sample)
 
 
 def normalized_weights(weights: Sequence[float]) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litespark.data.indexed import IndexedReader
+from litespark.data.sample import Sample
 from litespark.data.sample_index import EpochOrder, IndexCache, OrderRequest
 from litespark.errors import UserError
 
@@ -76,7 +77,11 @@ class Corpus:
         self._lock = Lock()
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Return sample `index` (0 or more, without end), int64 [sequence_length + 1]."""
+        """Return the tokens of sample `index`, int64 [sequence_length + 1]; see `read`."""
+        return self.read(index).tokens
+
+    def read(self, index: int) -> Sample:
+        """Return sample `index`, 0 or more and without end."""
         if index < 0:
             raise IndexError(f"sample {index}")
         number, position = divmod(index, self.samples_per_epoch)
@@ -84,8 +89,9 @@ class Corpus:
         first_token = int(epoch.samples[position]) * self.sequence_length
         return self._read_stream(epoch, first_token)
 
-    def _read_stream(self, epoch: EpochOrder, first_token: int) -> npt.NDArray[np.int64]:
+    def _read_stream(self, epoch: EpochOrder, first_token: int) -> Sample:
         sample = np.empty(self.sequence_length + 1, dtype=np.int64)
+        ends: list[int] = []
         # side="right" steps over empty documents, whose end is also their start.
         place = int(np.searchsorted(epoch.ends_tokens, first_token, side="right"))
         filled = 0
@@ -99,7 +105,9 @@ class Corpus:
             filled += length
             first_token += length
             place += 1
-        return sample
+            if length and first_token == end_token and filled <= self.sequence_length:
+                ends.append(filled)
+        return Sample(sample, np.array(ends, dtype=np.int64), self.sequence_length)
 
     def order_request(self, epoch: int) -> OrderRequest:
         """What the sample index of an epoch is made from."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from litespark.data.sample import Sample
 from litespark.errors import LitesparkError, UserError
 
 _STEPS_AHEAD = 2
@@ -32,9 +32,11 @@ _POLL_SECONDS = 0.1
 
 
 class SampleSource(Protocol):
-    """What the loader needs of a blend: sample k, int64 [s + 1]."""
+    """What the loader needs of a blend: sample k."""
 
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.int64]: ...
+    def read(self, index: int, /) -> Sample:
+        """Return sample `index`, 0 or more."""
+        ...
 
 
 class OutOfSamples(LitesparkError):
@@ -48,14 +50,20 @@ class Batch:
     Attributes:
         tokens_bs: int64, the input ids.
         labels_bs: int64, the ids one place later.
-        position_ids_bs: int64, 0 .. s - 1 in each row.
+        position_ids_bs: int64, 0 .. s - 1 in each row; with document masks, from 0 on in each
+            document.
         loss_mask_bs: float32, 1 where a label counts.
+        cu_seqlens: int32 [documents + 1], where the documents of all rows begin, the rows one
+            after another, and b * s; None without document masks.
+        longest_document_tokens: of those documents; 0 without document masks.
     """
 
     tokens_bs: torch.Tensor
     labels_bs: torch.Tensor
     position_ids_bs: torch.Tensor
     loss_mask_bs: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    longest_document_tokens: int = 0
 
 
 class BatchLoader:
@@ -68,6 +76,7 @@ class BatchLoader:
         data_parallel_rank, data_parallel_size: this rank among those that see different samples.
         consumed_samples: where to go on; the count of a saved run, whatever its layout was.
         max_samples: never consume beyond this many; None for no end.
+        document_mask: tokens see their own document only (`data.document_mask`).
 
     Raises:
         UserError: when the global batch does not divide into the ranks' micro-batches.
@@ -82,6 +91,7 @@ class BatchLoader:
         data_parallel_size: int,
         consumed_samples: int = 0,
         max_samples: int | None = None,
+        document_mask: bool = False,
     ) -> None:
         samples_at_once = micro_batch_size * data_parallel_size
         if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % samples_at_once:
@@ -103,6 +113,7 @@ class BatchLoader:
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._consumed = consumed_samples
         self._max_samples = max_samples
+        self._document_mask = document_mask
         self._closing = threading.Event()
         self._ready: queue.Queue[list[Batch] | Exception] = queue.Queue(_STEPS_AHEAD)
         self._thread: threading.Thread | None = None
@@ -175,18 +186,29 @@ class BatchLoader:
         batches = []
         for micro_batch in range(self.num_micro_batches):
             first = consumed + (micro_batch * self._ranks + self._rank) * self.micro_batch_size
-            rows = [self.samples[first + j] for j in range(self.micro_batch_size)]
-            batches.append(_batch_of(np.stack(rows)))
+            rows = [self.samples.read(first + j) for j in range(self.micro_batch_size)]
+            batches.append(_batch_of(rows, self._document_mask))
         return batches
 
 
-def _batch_of(samples: npt.NDArray[np.int64]) -> Batch:
-    """Make the tensors of samples [b, s + 1]."""
-    ids = torch.from_numpy(samples)
+def _batch_of(samples: list[Sample], document_mask: bool) -> Batch:
+    ids = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     size_b, size_s = ids.size(0), ids.size(1) - 1
+    mask_bs = np.stack([sample.loss_mask(document_mask) for sample in samples])
+    if not document_mask:
+        positions_bs = torch.arange(size_s).repeat(size_b, 1)
+        cu_seqlens, longest = None, 0
+    else:
+        positions_bs = torch.from_numpy(np.stack([sample.position_ids() for sample in samples]))
+        starts = [row * size_s + sample.document_starts for row, sample in enumerate(samples)]
+        bounds = np.concatenate([*starts, [size_b * size_s]])
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+        longest = int(np.diff(bounds).max())
     return Batch(
         tokens_bs=ids[:, :-1].contiguous(),
         labels_bs=ids[:, 1:].contiguous(),
-        position_ids_bs=torch.arange(size_s).repeat(size_b, 1),
-        loss_mask_bs=torch.ones(size_b, size_s, dtype=torch.float32),
+        position_ids_bs=positions_bs,
+        loss_mask_bs=torch.from_numpy(mask_bs),
+        cu_seqlens=cu_seqlens,
+        longest_document_tokens=longest,
     )

@@ -90,17 +90,18 @@ def total_parameters(shape: TransformerShape, tie_embeddings: bool) -> int:
     return _parameters_of_layers(shape) + embeddings + norms
 
 
-def flops_per_token(shape: TransformerShape, sequence_length: int, causal: bool) -> int:
+def flops_per_token(shape: TransformerShape, sequence_length: float, causal: bool) -> float:
     """FLOPs of forward and backward for one token of a sequence of `sequence_length` tokens.
 
     Args:
         shape: sizes of the model.
-        sequence_length: tokens that attend to each other; for packed documents still the sample's.
+        sequence_length: tokens that attend to each other: the sample's; with document masks, the
+            mean over all tokens of the length of the document that they are in.
         causal: count half of the attention (the work needed) or all of it (the older convention).
     """
     attention_size = shape.num_attention_heads * shape.head_dim
     full_attention = _FULL_ATTENTION_FLOPS * shape.num_layers * attention_size * sequence_length
-    attention = full_attention // 2 if causal else full_attention
+    attention = full_attention / 2 if causal else full_attention
     return _FLOPS_PER_MATRIX_PARAMETER * matrix_parameters(shape) + attention
 
 

@@ -46,7 +46,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does: over `gpus` devices, `tokens_per_step` tokens in all."""
+    """What one step does: over `gpus` devices, `tokens_per_step` tokens in all.
+
+    `attended_tokens` is the mean length of what a token attends within, with document masks its
+    document's; None: the sequence's.
+    """
 
     shape: TransformerShape
     sequence_length: int
@@ -54,6 +58,7 @@ class Work:
     precision: Precision
     device_name: str
     gpus: int = 1
+    attended_tokens: float | None = None
 
 
 def time_steps(
@@ -107,9 +112,10 @@ def figures(work: Work, timing: Timing) -> Record:
 
 def _per_gpu(work: Work, tokens_per_second: float) -> Record:
     peak = peak_for_device(work.device_name)
+    attended = work.attended_tokens or work.sequence_length
     causal, full = (
-        tflops(tokens_per_second, flops_per_token(work.shape, work.sequence_length, causal))
-        for causal in (True, False)
+        tflops(tokens_per_second, flops_per_token(work.shape, length, is_causal))
+        for length, is_causal in ((attended, True), (work.sequence_length, False))
     )
     if peak is not None:
         check_below_peak(causal, peak, work.precision)

@@ -166,6 +166,8 @@ def _subtitle(run: RunLog) -> str:
         if isinstance(length, int) and 0 < length <= _LARGEST_SIZE:
             work = flops_per_token(shape, length, causal=True)
             parts.append(f"{length} tokens a sequence, {work / 1e9:.4g} GFLOP a token (causal)")
+            if _section(run, "data").get("document_mask") is True:
+                parts[-1] += " or less, by document masks"
     return " · ".join(parts) or "Litespark run report"
 
 

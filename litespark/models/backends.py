@@ -223,9 +223,11 @@ def _check_attention(config: RunConfig) -> None:
 
     model, parallel = config.model, config.parallel
     on_gpu = torch.cuda.is_available()
-    length = config.data.sequence_length
+    length, batch = config.data.sequence_length, config.batch.micro
+    if config.data.document_mask:  # the rows are joined (`language_modelling.py`)
+        length, batch = length * batch, 1
     case = AttentionCase(
-        batch=config.batch.micro,
+        batch=batch,
         q_length=length // (2 * parallel.context) if parallel.context > 1 else length,
         kv_length=length,
         heads=model.num_attention_heads // parallel.tensor,
@@ -234,6 +236,7 @@ def _check_attention(config: RunConfig) -> None:
         dtype=torch.float32 if config.precision.mode == "fp32" else torch.bfloat16,
         device_type="cuda" if on_gpu else "cpu",
         capability=torch.cuda.get_device_capability() if on_gpu else None,
+        variable_length=config.data.document_mask,
     )
     choose_attention(case, force=model.attention)
 

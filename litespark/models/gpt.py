@@ -1,4 +1,4 @@
-"""Litespark's GPT: megatron-core's, with Llama 3's RoPE scaling and a padding-safe loss."""
+"""Litespark's GPT: megatron-core's, with Llama 3's RoPE scaling, document masks, a safe loss."""
 
 from __future__ import annotations
 
@@ -68,6 +68,20 @@ class GPT(GPTModel):
             # megatron-core fixes all of Llama 3's constants but the factor.
             rotary: Any = self.rotary_pos_emb
             rotary.inv_freq = scale_rope_frequencies(rotary.inv_freq, model.rope_scaling)
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """megatron-core's embeddings; with document masks, the angles of each token's own position.
+
+        A document's angles do not depend on where it stands: rotary table [t, 1, 1, d] from
+        position_ids [1, t].
+        """
+        if kwargs.get("packed_seq_params") is None:
+            return super()._preprocess(*args, **kwargs)
+        # Without its packing, of which megatron-core would make a table for the longest document.
+        kwargs["packed_seq_params"] = None
+        parts: Any = super()._preprocess(*args, **kwargs)
+        hidden, rotary_s11d, *others = parts
+        return hidden, rotary_s11d[kwargs["position_ids"][0]], *others
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Any, loss_mask: Any, **kwargs: Any

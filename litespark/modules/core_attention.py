@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from litespark.errors import LitesparkError
+from litespark.modules.attention_backends import document_mask
 
 
 def zigzag_positions(local_length: int, rank: int, size: int, device: torch.device) -> Tensor:
@@ -39,7 +40,7 @@ class ReferenceCoreAttention(MegatronModule):
     """Causal softmax attention through torch's `scaled_dot_product_attention`.
 
     Raises:
-        LitesparkError: a mask type, dropout or packing that this backend does not compute.
+        LitesparkError: a mask type, dropout, bias or packing that this backend does not compute.
     """
 
     def __init__(
@@ -74,11 +75,17 @@ class ReferenceCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend causally; returns [s, b, n*d] in the query's dtype."""
+        """Attend causally; returns [s, b, n*d] in the query's dtype.
+
+        With `packed_seq_params` tokens see their own document only.  Its boundaries count the
+        tokens of the one row, b = 1.
+        """
         del attention_mask, attn_mask_type  # causal by construction
-        if packed_seq_params is not None or attention_bias is not None:
-            raise LitesparkError("the reference core attention takes no packing and no bias")
+        if attention_bias is not None:
+            raise LitesparkError("the reference core attention takes no bias")
         mask_qk = self._causal_mask(query_sbnd.size(0), key_sbgd.size(0), query_sbnd.device)
+        if packed_seq_params is not None:
+            mask_qk = self._own_document(query_sbnd, key_sbgd, packed_seq_params)
         if self.context_group.size() > 1:
             key_sbgd = gather_from_sequence_parallel_region(key_sbgd, group=self.context_group)
             value_sbgd = gather_from_sequence_parallel_region(value_sbgd, group=self.context_group)
@@ -92,6 +99,19 @@ class ReferenceCoreAttention(MegatronModule):
             enable_gqa=query_sbnd.size(2) != key_sbgd.size(2),
         )
         return output_bnsd.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    def _own_document(
+        self, query_sbnd: Tensor, key_sbgd: Tensor, packed: PackedSeqParams
+    ) -> Tensor:
+        """True where a query may look: back, in its own document; bool [t, t]."""
+        length, batch = query_sbnd.shape[:2]
+        square = batch == 1 and key_sbgd.size(0) == length
+        if packed.cu_seqlens_q is None or self.context_group.size() > 1 or not square:
+            raise LitesparkError(
+                "the reference core attention takes documents as cu_seqlens_q, in one row, with as "
+                "many keys as queries and without context parallelism"
+            )
+        return document_mask(packed.cu_seqlens_q, length).tril()
 
     def _causal_mask(
         self, query_length: int, key_length: int, device: torch.device

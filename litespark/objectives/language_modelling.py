@@ -1,5 +1,10 @@
 """Next-token prediction.
 
+With document masks (a batch with `cu_seqlens`) the rows of a micro-batch are joined into one of
+b * s tokens, which changes nothing, because no document runs over the end of a row: attention sees
+one sequence of documents, and each token has its own place in its document for RoPE.  All stages
+of a pipeline then need the batch, not only the first and the last.
+
 Losses are summed over tokens and divided once, by the number of tokens of the whole global batch:
 only then is the result independent of how the batch is cut into micro-batches and ranks.
 """
@@ -11,6 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
@@ -18,12 +24,18 @@ from litespark.errors import LitesparkError
 
 
 class LanguageBatch(Protocol):
-    """One micro-batch; tokens_bs, labels_bs, position_ids_bs int64, loss_mask_bs fp32, [b, s]."""
+    """One micro-batch; tokens_bs, labels_bs, position_ids_bs int64, loss_mask_bs fp32, [b, s].
+
+    `cu_seqlens` int32 [documents + 1]: where documents begin with the rows one after another; None
+    without document masks.
+    """
 
     tokens_bs: Tensor
     labels_bs: Tensor
     position_ids_bs: Tensor
     loss_mask_bs: Tensor
+    cu_seqlens: Tensor | None
+    longest_document_tokens: int
 
 
 # megatron-core's contract: the loss to differentiate, the token count, what to report.
@@ -36,7 +48,8 @@ ForwardStep = Callable[
 def language_modelling_step(device: torch.device) -> ForwardStep:
     """The forward step of language modelling on `device`.
 
-    Stages in the middle of a pipeline see neither tokens nor labels: they are given None.
+    Stages in the middle of a pipeline see neither tokens nor labels: without document masks they
+    are given None.
     """
 
     def forward_step(
@@ -52,6 +65,12 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
             "loss_mask": batch.loss_mask_bs,
         }
         parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        packed_seq_params = None
+        if batch.cu_seqlens is not None:
+            parts = {name: part.view(1, -1) for name, part in parts.items()}
+            packed_seq_params = document_bounds(
+                batch.cu_seqlens.to(device, non_blocking=True), batch.longest_document_tokens
+            )
         parts = get_batch_on_this_cp_rank(parts)
         output = model(
             parts["tokens"],
@@ -59,10 +78,26 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
             None,
             labels=parts["labels"],
             loss_mask=parts["loss_mask"],
+            packed_seq_params=packed_seq_params,
         )
         return output, partial(token_sum, parts["loss_mask"])
 
     return forward_step
+
+
+def document_bounds(cu_seqlens: Tensor, longest_tokens: int) -> PackedSeqParams:
+    """What the layers are told of the documents of one row of tokens, [t, 1, h] in memory.
+
+    Not in megatron-core's own format "thd", for which its attention would drop the batch's
+    dimension and turn each document by a table of its own, read from the device one by one.
+    """
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest_tokens,
+        max_seqlen_kv=longest_tokens,
+    )
 
 
 def _no_loss_here(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

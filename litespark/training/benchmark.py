@@ -30,7 +30,7 @@ from litespark.metering.memory import peak_memory_bytes
 from litespark.parallel.groups import gather_objects, stop_process_group
 from litespark.training.setup import batch_loader, build_run, on_all_ranks, start_processes
 from litespark.training.state import TrainingRun
-from litespark.training.step import mean_loss, train_step
+from litespark.training.step import attended_tokens, mean_loss, train_step
 
 _GIBIBYTE = 2**30
 
@@ -112,6 +112,12 @@ def _check(config: RunConfig, world_size: int, reads_data: bool) -> Blend | None
     """The mistakes a user can make, and the data if any is read."""
     check_config(config, world_size)
     if not reads_data:
+        if config.data.document_mask:
+            raise UserError(
+                "data.document_mask = true",
+                "has no effect on random tokens, which are no documents",
+                "Name a shard (--data PREFIX), or set data.document_mask=false.",
+            )
         return None
     data = config.data
     entries = [(entry.prefix, entry.weight) for entry in data.blend]
@@ -140,6 +146,7 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
     timing = time_steps(step, options.steps, device.synchronize, EnergyMeter())
     peak_bytes = max(gather_objects(peak_memory_bytes(device.type)))
     loss = mean_loss(outcome.loss_and_tokens)
+    squared_tokens = math.fsum(gather_objects(run.timings.squared_document_tokens))
     work = Work(
         shape=run.config.model,
         sequence_length=run.config.data.sequence_length,
@@ -147,6 +154,7 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
         precision=run.config.precision.mode,
         device_name=device.name,
         gpus=run.process.world_size,
+        attended_tokens=attended_tokens(run, squared_tokens, run.step),
     )
     return {
         **_description(run, options),
@@ -210,6 +218,7 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
         "micro_batch": config.batch.micro,
         "accumulate": config.num_micro_batches(run.process.world_size),
         "tokens": "data" if options.reads_data else "random",
+        "document_mask": config.data.document_mask,
         "warmup": options.warmup,
         "device": run.process.device.name,
         "gpus": run.process.world_size,

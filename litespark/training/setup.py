@@ -106,7 +106,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         forward_step=language_modelling_step(process.device.device),
         train_batches=None,
         validation=None,
-        reads_tokens=_reads_tokens(),
+        reads_tokens=_reads_tokens(config),
     )
 
 
@@ -119,6 +119,7 @@ def batch_loader(run: TrainingRun, samples: SampleSource) -> BatchLoader:
         data_parallel_rank=run.layout.coordinates(run.process.rank).data,
         data_parallel_size=run.layout.data,
         consumed_samples=run.consumed_samples,
+        document_mask=run.config.data.document_mask,
     )
 
 
@@ -214,8 +215,13 @@ def _finalizing(chunks: list[DistributedDataParallel]) -> Callable[..., None]:
     return finalize
 
 
-def _reads_tokens() -> bool:
-    """The first stage embeds tokens and the last compares labels; stages between see neither."""
+def _reads_tokens(config: RunConfig) -> bool:
+    """The first stage embeds tokens and the last compares labels; stages between see neither.
+
+    With document masks all of them need to know where documents begin.
+    """
+    if config.data.document_mask:
+        return True
     return parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
 
 

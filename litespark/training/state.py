@@ -24,11 +24,16 @@ from litespark.parallel.layout import RankLayout
 
 @dataclass
 class Timings:
-    """Seconds spent since the last line of metrics."""
+    """Seconds spent since the last line of metrics, and what else is counted since.
+
+    With document masks `squared_document_tokens` is the sum of the squares of the lengths of this
+    rank's documents, which attention's work grows with.
+    """
 
     steps_seconds: float = 0.0
     data_wait_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    squared_document_tokens: float = 0.0
 
 
 @dataclass

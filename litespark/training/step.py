@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,12 +78,13 @@ def evaluate_samples(run: TrainingRun, samples: SampleSource | None, num_steps: 
             data_parallel_rank=run.layout.coordinates(run.process.rank).data,
             data_parallel_size=run.layout.data,
             max_samples=num_steps * run.config.batch.global_,
+            document_mask=run.config.data.document_mask,
         )
-    waited = run.timings.data_wait_seconds
+    timings = replace(run.timings)
     try:
         return evaluate(run, batches, num_steps)
     finally:
-        run.timings.data_wait_seconds = waited  # reported for training only
+        run.timings = timings  # reported for training only
         if batches is not None:
             batches.close()
 
@@ -135,7 +136,14 @@ def _next_micro_batches(run: TrainingRun, batches: BatchLoader | None) -> Sequen
         return [None] * count
     micro_batches = batches.next_step()
     run.timings.data_wait_seconds += batches.wait_seconds
+    run.timings.squared_document_tokens += sum(map(_squared_lengths, micro_batches))
     return micro_batches
+
+
+def _squared_lengths(batch: Batch) -> float:
+    return (
+        0.0 if batch.cu_seqlens is None else float(batch.cu_seqlens.diff().double().square().sum())
+    )
 
 
 def _run_schedule(
@@ -148,14 +156,17 @@ def _run_schedule(
     several = len(run.chunks) > 1
     iterators = [iter(micro_batches) for _ in run.chunks]
     schedule: Any = get_forward_backward_func()
+    length, rows = run.config.data.sequence_length, run.config.batch.micro
+    if run.config.data.document_mask:  # the rows are joined (`language_modelling.py`)
+        length, rows = length * rows, 1
     reports: list[dict[str, Any]] = schedule(
         forward_step_func=run.forward_step,
         data_iterator=iterators if several else iterators[0],
         model=run.chunks if several else run.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=run.config.data.sequence_length,
-        micro_batch_size=run.config.batch.micro,
-        decoder_seq_length=run.config.data.sequence_length,
+        seq_length=length,
+        micro_batch_size=rows,
+        decoder_seq_length=length,
         forward_only=forward_only,
     )
     total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)

@@ -26,6 +26,10 @@ EMBEDDINGS = f"{CORE}.models.common.embeddings"
 
 # Parameters of each function that a patch replaces or calls, in order.
 SIGNATURES = {
+    # models/gpt.py
+    f"{CORE}.models.gpt.gpt_model.GPTModel._preprocess": (
+        "self input_ids position_ids decoder_input inference_context packed_seq_params padding_mask"
+    ),
     # cuda_literals
     f"{CHECKPOINT}.mapping.ShardedTensor.init_data": "self device init_fn",
     # type_names
@@ -82,6 +86,10 @@ CONFIG_FIELDS = (
 
 # Text in the source of a function: the fault that a patch repairs, or a name it leans on.
 SOURCES = {
+    # models/gpt.py: by name, so that the documents of a batch can be taken out of it
+    f"{CORE}.models.gpt.gpt_model.GPTModel.forward": (
+        "self._preprocess(\n            input_ids=input_ids,\n            position_ids=position_ids"
+    ),
     f"{DISTOPT}.sharded_param_state_fully_reshardable": "param_index_map.items()",
     f"{DISTOPT}.load_state_dict": 's["step"] = step',
     f"{RANDOM}.CheckpointWithoutOutput.__init__": "fp8 is not None",

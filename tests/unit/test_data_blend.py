@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from litespark.data.blend import Blend, check_tokenizer, open_blend
 from litespark.data.corpus import Corpus
 from litespark.data.preprocess import PreprocessOptions, preprocess
+from litespark.data.sample import Sample
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import UserError
 from tests.support.data import train_json_tokenizer, write_jsonl, write_shard
@@ -28,8 +29,8 @@ class CountingCorpus:
 
     sequence_length = 0
 
-    def __getitem__(self, index):
-        return np.array([index])
+    def read(self, index):
+        return Sample(np.array([index]), np.array([], np.int64), 0)
 
 
 def blend_of(weights):

@@ -10,6 +10,7 @@ import torch
 
 from litespark.data.blend import open_blend
 from litespark.data.loader import BatchLoader, OutOfSamples
+from litespark.data.sample import Sample
 from litespark.errors import UserError
 from tests.support.data import write_shard
 
@@ -19,8 +20,8 @@ GLOBAL = 24
 class Numbers:
     """Sample k is [10 k, 10 k + 1, 10 k + 2]."""
 
-    def __getitem__(self, index):
-        return np.arange(10 * index, 10 * index + 3)
+    def read(self, index):
+        return Sample(np.arange(10 * index, 10 * index + 3), np.array([], np.int64), 2)
 
 
 def samples_of(batches):
@@ -91,10 +92,10 @@ def test_prefetched_steps_do_not_count_as_consumed():
     prepared = threading.Event()
 
     class Watched(Numbers):
-        def __getitem__(self, index):
+        def read(self, index):
             if index >= 3 * GLOBAL:
                 prepared.set()
-            return super().__getitem__(index)
+            return super().read(index)
 
     loader = BatchLoader(Watched(), GLOBAL, GLOBAL, 0, 1)
     loader.next_step()
@@ -116,10 +117,10 @@ def test_max_samples_ends_before_it_is_exceeded():
 
 def test_error_while_reading_reaches_the_caller_after_the_good_steps():
     class Breaks(Numbers):
-        def __getitem__(self, index):
+        def read(self, index):
             if index >= 10:
                 raise OSError("disk gone")
-            return super().__getitem__(index)
+            return super().read(index)
 
     loader = BatchLoader(Breaks(), 5, 5, 0, 1)
     assert samples_of(loader.next_step() + loader.next_step()) == list(range(10))

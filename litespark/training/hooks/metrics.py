@@ -23,7 +23,7 @@ from litespark.training.hooks.console import Console
 from litespark.training.hooks.sinks import TensorBoardSink, WandbSink
 from litespark.training.loop import Hook
 from litespark.training.state import Timings, TrainingRun
-from litespark.training.step import StepOutcome, mean_loss
+from litespark.training.step import StepOutcome, attended_tokens, mean_loss
 from litespark.utils.files import write_text_atomically
 
 Record = dict[str, Any]
@@ -102,7 +102,6 @@ class StepMetrics(Hook):
         self.joules = self.energy.read_joules()
         self.read_at_seconds = time.perf_counter()
         model, length = run.config.model, run.config.data.sequence_length
-        self.flops_causal = flops_per_token(model, length, causal=True)
         self.flops_full = flops_per_token(model, length, causal=False)
         self.peak = peak_for_device(run.process.device.name)
         run.timings = Timings()
@@ -123,7 +122,8 @@ class StepMetrics(Hook):
         steps = run.step - self.logged_step
         step_seconds = run.timings.steps_seconds / steps
         tokens_per_second = run.config.tokens_per_step / step_seconds
-        joules, memory_bytes = self._over_ranks()
+        joules, memory_bytes, squared_tokens = self._over_ranks(run)
+        attended = attended_tokens(run, squared_tokens, steps)
         # The counter also runs while metrics are written, so power is over all the time elapsed.
         now_seconds = time.perf_counter()
         elapsed_seconds, self.read_at_seconds = now_seconds - self.read_at_seconds, now_seconds
@@ -135,7 +135,7 @@ class StepMetrics(Hook):
             "grad_norm": outcome.grad_norm,
             "step_seconds": step_seconds,
             "tokens_per_second": tokens_per_second,
-            **self._per_gpu(run, tokens_per_second),
+            **self._per_gpu(run, tokens_per_second, attended),
             "energy_joules": joules,
             "joules_per_token": (
                 None if joules is None else joules / (steps * run.config.tokens_per_step)
@@ -146,13 +146,14 @@ class StepMetrics(Hook):
             "checkpoint_seconds": run.timings.checkpoint_seconds,
         }
 
-    def _per_gpu(self, run: TrainingRun, tokens_per_second: float) -> Record:
-        """Rates of one GPU; null on a machine without."""
+    def _per_gpu(self, run: TrainingRun, tokens_per_second: float, attended: float) -> Record:
+        """Rates of one GPU, `attended` tokens to a sequence; null on a machine without."""
         if run.process.device.type != "cuda":
             keys = "tokens_per_second_per_gpu tflops_per_gpu_causal tflops_per_gpu_full mfu"
             return dict.fromkeys(keys.split())
         per_gpu = tokens_per_second / run.process.world_size
-        causal, full = tflops(per_gpu, self.flops_causal), tflops(per_gpu, self.flops_full)
+        flops_causal = flops_per_token(run.config.model, attended, causal=True)
+        causal, full = tflops(per_gpu, flops_causal), tflops(per_gpu, self.flops_full)
         if self.peak is not None and run.process.is_first:
             check_below_peak(causal, self.peak, run.config.precision.mode)
         return {
@@ -162,8 +163,9 @@ class StepMetrics(Hook):
             "mfu": mfu(causal, None if self.peak is None else self.peak.bf16_tflops),
         }
 
-    def _over_ranks(self) -> tuple[float | None, int]:
-        """Energy of all GPUs since the last line (null if any is unread), and the largest memory.
+    def _over_ranks(self, run: TrainingRun) -> tuple[float | None, int, float]:
+        """Since the last line: energy of all GPUs (null if any is unread), the largest memory, and
+        the sum of all ranks' squared document lengths.
 
         Runs on the CPU: host values must not wait for the GPU.
         """
@@ -171,11 +173,12 @@ class StepMetrics(Hook):
         known = joules is not None and self.joules is not None
         used = joules - self.joules if joules is not None and self.joules is not None else 0.0
         self.joules = joules
-        sums = torch.tensor([used, 0.0 if known else 1.0], dtype=torch.float64)
+        squared_tokens = run.timings.squared_document_tokens
+        sums = torch.tensor([used, 0.0 if known else 1.0, squared_tokens], dtype=torch.float64)
         memory = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(sums)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        return (None if sums[1] else float(sums[0])), int(memory)
+        return (None if sums[1] else float(sums[0])), int(memory), float(sums[2])
 
 
 def drop_lines_after(path: Path, step: int) -> None:
