@@ -58,13 +58,13 @@ CANDIDATES: dict[str, tuple[LaunchConfig, ...]] = {
         *((2, 2048, 8, 1), (4, 2048, 8, 1), (4, 2048, 16, 1)),
     ),
     "forward_columns": _configs(
-        *((32, 256, 16, 1), (64, 128, 16, 1), (32, 128, 8, 1), (64, 64, 8, 1)),
-        *((64, 64, 8, 3), (64, 128, 16, 3), (128, 64, 16, 1)),
+        *((32, 512, 16, 1), (32, 256, 16, 1), (64, 128, 16, 1), (32, 128, 8, 1)),
+        *((64, 64, 8, 1), (64, 64, 8, 3), (64, 128, 16, 3), (128, 64, 16, 1)),
         (16, 2048, 16, 1),  # the block in registers
     ),
     "backward": _configs(
-        *((1, 2048, 4, 2), (1, 2048, 4, 1), (1, 2048, 4, 3), (1, 2048, 8, 1)),
-        *((1, 2048, 8, 2), (2, 2048, 8, 1), (2, 2048, 4, 1)),
+        *((1, 2048, 4, 3), (1, 2048, 4, 2), (1, 2048, 4, 4), (1, 2048, 8, 3)),
+        *((1, 2048, 8, 2), (2, 2048, 8, 2), (2, 2048, 4, 2)),
     ),
     "backward_columns": _configs(
         *((64, 64, 8, 1), (32, 256, 16, 1), (32, 128, 8, 1), (32, 128, 16, 1)),
@@ -306,7 +306,7 @@ def _rms_norm_backward_rows_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Whole rows; as many programs as run at once, so that there are few partial sums."""
+    """Whole rows; few programs, so that there are few partial sums."""
     column = tl.arange(0, BLOCK_N)
     weight = _load(weight_ptr + column, column < h)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -408,15 +408,15 @@ def _options(config: LaunchConfig, **constants: Any) -> dict[str, Any]:
     }
 
 
-def _resident_programs(device: torch.device, config: LaunchConfig) -> int:
-    """How many programs of the row-wise backward run at once; a wrong guess costs only time."""
+def _resident_programs(device: torch.device) -> int:
+    """Programs of the row-wise backward: two an SM.
+
+    Each has the loads of several rows under way, so that two keep the memory busy; more of them
+    leave more partial sums to add up, which costs more than they gain.
+    """
     if device.type != "cuda":
         return 2
-    # A thread needs up to 40 registers and 4 for each of its elements; an SM has 65536.
-    threads = 32 * config.num_warps
-    registers = 40 + 4 * config.block_m * config.block_n // threads
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors * max(1, 65536 // (threads * registers))
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _empty_fp8(like_mh: Tensor, spec: QuantizeSpec, columns: bool) -> Fp8Matrix:
@@ -473,7 +473,7 @@ def _backward_on_gpu(
     whole_rows = quantize is None and config.block_n >= h
     programs = triton.cdiv(m, config.block_m)
     if whole_rows:
-        programs = min(programs, _resident_programs(summed_mh.device, config))
+        programs = min(programs, _resident_programs(summed_mh.device))
     dsummed_mh = torch.empty_like(summed_mh)
     partial_ph = summed_mh.new_empty((programs, h), dtype=torch.float32)
     tensors = (dnormed_mh, summed_mh, weight_h, rstd_m, dres_mh, dsummed_mh, partial_ph)

@@ -346,10 +346,10 @@ def optimizer_cases(shapes: Shapes) -> Iterator[Case]:
         ),
     )
     yield Case(
-        "global_norm.partial_sums",
+        "global_norm.sum_of_squares",
         "FC1's gradient",
         size_of(grad),
-        global_norm.CANDIDATES["partial_sums"],
+        global_norm.CANDIDATES["sum_of_squares"],
         lambda config: global_norm.sum_of_squares([grad], shapes.device, config=config),
     )
 
