@@ -280,9 +280,29 @@ class LoggingConfig(Section):
 class ResilienceConfig(Section):
     """What to do when something goes wrong."""
 
-    stop_on_nan: bool = Field(
-        default=True,
-        description="End the run with exit code 4 when loss or gradient norm is not finite.",
+    bad_steps_in_a_row: int = Field(
+        default=3,
+        ge=1,
+        description="A step with a gradient norm that is not finite, or with a loss spike, is not "
+        "applied, and its batch is written to <output_dir>/bad_steps; after this many in a row "
+        "`after_bad_steps` happens.",
+    )
+    after_bad_steps: Literal["stop", "roll_back"] = Field(
+        default="stop",
+        description="End with exit code 4, or go back to the last checkpoint and on with the data "
+        "after the bad steps.",
+    )
+    max_roll_backs: int = Field(
+        default=3, ge=1, description="Roll-backs after which the run ends with exit code 4."
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A loss above this many times the mean of the last `spike_window` good steps "
+        "is a spike; null: losses are not watched.",
+    )
+    spike_window: int = Field(
+        default=100, ge=1, description="Good steps whose mean loss a spike is held against."
     )
     collective_timeout_seconds: float = Field(
         default=600.0,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
@@ -20,6 +21,32 @@ from litespark.fp8.policy import PrecisionPolicy
 from litespark.objectives.language_modelling import ForwardStep
 from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
+from litespark.training.optimizer import TrainingOptimizer
+
+
+@dataclass
+class Progress:
+    """What this rank is doing; written by the training thread, read by the watchdog's.
+
+    `micro_batch` counts the forward passes of the step from 1; `changes` counts all changes.
+    """
+
+    step: int = 0
+    micro_batch: int = 0
+    phase: str = "starting"
+    changes: int = 0
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """Begin another phase, and with `step` another step."""
+        if step is not None:
+            self.step, self.micro_batch = step, 0
+        self.phase = phase
+        self.changes += 1
+
+    def next_micro_batch(self) -> None:
+        """Begin another forward pass."""
+        self.micro_batch += 1
+        self.changes += 1
 
 
 @dataclass
@@ -31,12 +58,18 @@ class Timings:
     checkpoint_seconds: float = 0.0
 
 
+# From the gradients' norm and, as in `StepOutcome`, losses and tokens, why a step's update must not
+# be made; None: it may.  All ranks are asked together and find the same.
+Judge = Callable[[float, Tensor], str | None]
+
+
 @dataclass
 class TrainingRun:
     """A run in progress on this rank.
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
-    count over the whole run, resumed parts included; `folder_lock` is held by the first rank.
+    count over the whole run, resumed parts included; `judge` is asked before each update;
+    `progress` says what this rank is doing; `folder_lock` is held by the first rank.
     """
 
     config: RunConfig
@@ -44,7 +77,7 @@ class TrainingRun:
     layout: RankLayout
     core_config: TransformerConfig
     chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: TrainingOptimizer
     forward_step: ForwardStep
     train_batches: BatchLoader | None
     validation: Blend | None
@@ -53,6 +86,8 @@ class TrainingRun:
     consumed_samples: int = 0
     folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
+    progress: Progress = field(default_factory=Progress)
+    judge: Judge | None = None
 
     @property
     def total_steps(self) -> int:
