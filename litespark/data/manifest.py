@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,22 @@ _CHECKS: dict[str, tuple[type, ...]] = {
 }
 
 
+@cache
+def _fields_of(kind: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
+    """The type of each field as it is written, and the fields without a default.
+
+    Kept, because a manifest may have a hundred thousand sources.
+    """
+    known = {field.name: str(field.type) for field in fields(kind)}
+    return known, frozenset(field.name for field in fields(kind) if field.default is MISSING)
+
+
 def _record(kind: type[Any], value: object) -> Any:
     """Build the dataclass `kind` from a JSON object with exactly its fields, of their types."""
     if not isinstance(value, dict):
         raise TypeError(f"no object where a {kind.__name__} belongs")
-    known = {field.name: str(field.type) for field in fields(kind)}
-    required = {field.name for field in fields(kind) if field.default is MISSING}
-    wrong = (set(value) - set(known)) | (required - set(value))
+    known, required = _fields_of(kind)
+    wrong = (value.keys() - known.keys()) | (required - value.keys())
     if wrong:
         raise ValueError(f"unknown or missing in {kind.__name__}: {', '.join(sorted(wrong))}")
     for name, annotation in known.items():
