@@ -68,7 +68,7 @@ class Job:
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
         )
-        self._versions = [storage.version_of(source.path) for source in sources]
+        self._versions = [source.version or storage.version_of(source.path) for source in sources]
         self._number_of = {source.path: number for number, source in enumerate(sources)}
         self._meter = Meter()
         self._shards: dict[str, ShardWork] = {}
