@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from litespark.cli.arguments import add_command
+from litespark.cli.exits import unwind_on_sigterm
 from litespark.errors import UserError
 from litespark.utils.processes import available_cores
 
@@ -197,8 +197,7 @@ def run_options(options: PreprocessOptions) -> int:
             "what is unfinished lies on the machine that wrote it, not in the store",
             "Write to a local prefix, and send the shards with `litespark data copy`.",
         )
-    # A scheduler's SIGTERM unwinds like an error, so that the workers go.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    unwind_on_sigterm()
     last = Progress()
 
     with (

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_config_arguments
 from litespark.config.load import dump_config, load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
@@ -40,13 +40,7 @@ def add_parser(subparsers: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see examples/")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="values that replace the file's, e.g. optimizer.lr=3e-4",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--nproc",
         type=int,

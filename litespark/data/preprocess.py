@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from litespark.data import workers
-from litespark.data.documents import numbered_lines, parse_line, parse_text
+from litespark.data.documents import parsed_lines
 from litespark.data.engine import reason_against
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest
@@ -199,9 +199,7 @@ def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Itera
     left = _PROBED_DOCUMENTS
     for source in sources[:_PROBED_DOCUMENTS]:
         for block in iterate_blocks(source, columns=options.columns):
-            lines = [(1, block.data)] if source.is_text else numbered_lines(block)
-            for _, raw in lines:
-                parsed = parse_text(raw) if source.is_text else parse_line(raw, options.json_keys)
+            for _, parsed in parsed_lines(block, options.json_keys):
                 if isinstance(parsed, str):
                     continue
                 yield from (text[:_PROBED_CHARACTERS] for text in parsed.texts)

@@ -40,10 +40,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: `path` to open, and `name`, the path below the input that named it."""
+    """One input file: `path` to open, and `name`, the path below the input that named it.
+
+    `version` is known of what a store has listed: to ask for it again would be a request a file.
+    """
 
     path: str
     name: str
+    version: storage.FileVersion | None = None
 
     @property
     def is_text(self) -> bool:
@@ -158,15 +162,15 @@ def _sources_of(given: str) -> list[Source]:
 def _remote_sources(given: str) -> list[Source]:
     """Return the objects in a store that `given` names: one, a folder of them, or a glob."""
     try:
-        files = [file.path for file in storage.list_files(given)]
+        files = storage.list_files(given)
     except OSError as error:
         raise UserError(
             f"--input {given}",
             f"cannot be listed: {error.strerror or error}",
             "Check the name, the credentials and AWS_ENDPOINT_URL.",
         ) from error
-    found = [path for path in files if path.endswith(FOLDER_SUFFIXES)] or [
-        path for path in files if path.endswith(FILE_SUFFIXES)
+    found = [file for file in files if file.path.endswith(FOLDER_SUFFIXES)] or [
+        file for file in files if file.path.endswith(FILE_SUFFIXES)
     ]
     if not found:
         raise UserError(
@@ -174,16 +178,16 @@ def _remote_sources(given: str) -> list[Source]:
             f"there is no {_NAMED_SUFFIXES} or .txt object of that name or below it",
             "Give s3://BUCKET/NAME of an object, a folder of them, or a glob.",
         )
-    for path in found:
-        if path.endswith(".parquet"):
+    for file in found:
+        if file.path.endswith(".parquet"):
             raise UserError(
-                f"--input {path}",
+                f"--input {file.path}",
                 "is a parquet file in a store, which is read out of order",
                 "Copy it to this machine first.",
             )
     # Named from the last part of what was given, as for a local folder.
     parent = given.rstrip("/").rpartition("/")[0] + "/"
-    return [Source(path, path.removeprefix(parent)) for path in found]
+    return [Source(file.path, file.path.removeprefix(parent), file.version) for file in found]
 
 
 def _sources_at(path: Path) -> list[Source]:

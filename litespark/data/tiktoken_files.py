@@ -97,10 +97,6 @@ class TiktokenTokenizer:
         first_id = self._ranks.first_id
         return [rank + first_id for rank in self._encoding.encode_ordinary(text)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens give no text."""
         first_id, count = self._ranks.first_id, len(self._ranks.ranks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from litespark.data.documents import ParsedLine, numbered_lines, parse_line, parse_text
+from litespark.data.documents import parsed_lines
 from litespark.data.engine import FastEngine, ReferenceEngine
 from litespark.data.indexed import token_type
 from litespark.data.readers import LineBlock
@@ -110,7 +110,7 @@ def tokenize_block(block: LineBlock) -> TokenizedBlock:
     """Parse and tokenize the lines of a block, in order."""
     groups: dict[tuple[str, str], _Group] = {}
     bad_lines: list[tuple[int, str]] = []
-    for line, parsed in _parsed_lines(block):
+    for line, parsed in parsed_lines(block, _settings.json_keys, _settings.split_by):
         if isinstance(parsed, str):
             bad_lines.append((line, parsed))
             if _settings.stop_at_bad_line:
@@ -127,13 +127,6 @@ def tokenize_block(block: LineBlock) -> TokenizedBlock:
         tuple(_packed(key, subset, group) for (key, subset), group in groups.items()),
         tuple(bad_lines),
     )
-
-
-def _parsed_lines(block: LineBlock) -> list[tuple[int, ParsedLine | str]]:
-    if block.source.is_text:
-        return [(1, parse_text(block.data))]
-    keys, split_by = _settings.json_keys, _settings.split_by
-    return [(line, parse_line(raw, keys, split_by)) for line, raw in numbered_lines(block)]
 
 
 def _add_document(group: _Group, text: bytes) -> None:
