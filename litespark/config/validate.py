@@ -29,6 +29,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_batch(config, world_size),
         *_check_lengths(config),
         *_check_training(config),
+        *_check_resilience(config),
     ]
 
 
@@ -305,4 +306,16 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"training.eval_every = {training.eval_every}",
             "evaluates, and data.split leaves nothing for validation",
             "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
+
+
+def _check_resilience(config: RunConfig) -> Iterator[UserError]:
+    resilience = config.resilience
+    patience, timeout = resilience.hang_seconds, resilience.collective_timeout_seconds
+    if patience is not None and patience >= timeout:
+        yield UserError(
+            f"resilience.hang_seconds = {patience:g}",
+            f"is not below resilience.collective_timeout_seconds = {timeout:g}, which would end "
+            "the run first and not say where it hangs",
+            "Lower the one or raise the other.",
         )

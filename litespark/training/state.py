@@ -107,11 +107,15 @@ class TrainingRun:
     def record_event(self, event: str, detail: str) -> None:
         """Append a line to the run's `events.jsonl`; only the first rank writes."""
         if self.process.is_first:
-            line: dict[str, Any] = {
-                "time": time.time(),
-                "step": self.step,
-                "event": event,
-                "detail": detail,
-            }
-            with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.append_event(event, detail)
+
+    def append_event(self, event: str, detail: str) -> None:
+        """The same from whichever rank calls it, when one speaks that need not be the first."""
+        line: dict[str, Any] = {
+            "time": time.time(),
+            "step": self.step,
+            "event": event,
+            "detail": detail,
+        }
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
