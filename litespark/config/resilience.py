@@ -50,3 +50,20 @@ class ResilienceConfig(Section):
         description="A collective that takes longer than this ends the run, in whole minutes; more "
         "than hang_seconds, whose message says more.",
     )
+    recheck_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between two of which the losses are computed again before the update; a "
+        "rank that does not find the same numbers twice has a fault of memory or arithmetic, and "
+        "the run ends with exit code 4; null: never.  Each costs a third of a step.",
+    )
+    straggler_every: int | None = Field(
+        default=100,
+        ge=1,
+        description="Steps between two comparisons of the ranks' forward passes; null: never.",
+    )
+    straggler_ratio: float = Field(
+        default=1.2,
+        gt=1,
+        description="A rank that takes this many times its stage's median is named in a warning.",
+    )

@@ -319,3 +319,11 @@ def _check_resilience(config: RunConfig) -> Iterator[UserError]:
             "the run first and not say where it hangs",
             "Lower the one or raise the other.",
         )
+    precision = config.precision
+    if resilience.recheck_every and precision.mode == "fp8" and precision.recipe == "delayed":
+        yield UserError(
+            f"resilience.recheck_every = {resilience.recheck_every}",
+            "computes a step's losses again after its delayed scales have moved on, and would "
+            "never find the same",
+            "Leave it out, or take another precision.recipe.",
+        )

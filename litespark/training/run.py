@@ -13,7 +13,9 @@ from litespark.training.hooks.checkpointing import Checkpointing
 from litespark.training.hooks.evaluation import Evaluation
 from litespark.training.hooks.fp8_guard import Fp8Guard
 from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
+from litespark.training.hooks.recheck import Recheck
 from litespark.training.hooks.signals import StopOnSignal
+from litespark.training.hooks.stragglers import Stragglers
 from litespark.training.hooks.watchdog import Watchdog
 from litespark.training.launch import end_with_launcher
 from litespark.training.loop import Hook, train
@@ -54,7 +56,7 @@ def build_hooks(run: TrainingRun) -> list[Hook]:
     if run.config.precision.mode == "fp8":
         hooks.insert(2, Fp8Guard())
     hooks.append(StopOnSignal(checkpointing.save))
-    return [Watchdog(), BadSteps(checkpointing), *hooks]
+    return [Watchdog(), BadSteps(checkpointing), Recheck(), Stragglers(), *hooks]
 
 
 def _announce(run: TrainingRun) -> None:

@@ -248,6 +248,7 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
         raise
     run.step = state.step
     run.policy.load_state(state.fp8_scales)
+    run.policy.weights_changed()
     return state
 
 

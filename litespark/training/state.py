@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
 from litespark.data.blend import Blend
-from litespark.data.loader import BatchLoader
+from litespark.data.loader import Batch, BatchLoader
 from litespark.fp8.policy import PrecisionPolicy
 from litespark.objectives.language_modelling import ForwardStep
 from litespark.parallel.groups import Process
@@ -49,6 +51,41 @@ class Progress:
         self.changes += 1
 
 
+class ForwardClock:
+    """Time of this rank's own forward passes, in which it waits for tensor parallelism at most.
+
+    On a GPU events are recorded, and read when they have passed: nothing waits for them.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.on_gpu = device_type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """The block is one forward pass."""
+        begin = self._now()
+        yield
+        self.spans.append((begin, self._now()))
+
+    def take_mean_seconds(self) -> float | None:
+        """Mean since the last call, of passes that are over; None if there were none."""
+        spans, self.spans = self.spans, []
+        if not spans:
+            return None
+        if not self.on_gpu:
+            return sum(end - begin for begin, end in spans) / len(spans)
+        spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / len(spans) / 1e3
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 @dataclass
 class Timings:
     """Seconds spent since the last line of metrics."""
@@ -58,9 +95,9 @@ class Timings:
     checkpoint_seconds: float = 0.0
 
 
-# From the gradients' norm and, as in `StepOutcome`, losses and tokens, why a step's update must not
-# be made; None: it may.  All ranks are asked together and find the same.
-Judge = Callable[[float, Tensor], str | None]
+# Why a step's update must not be made, None if it may: from the gradients' norm and, as in
+# `StepOutcome`, losses and tokens, and the micro-batches.  All ranks are asked and find the same.
+Judge = Callable[[float, Tensor, Sequence[Batch | None]], str | None]
 
 
 @dataclass
@@ -68,8 +105,9 @@ class TrainingRun:
     """A run in progress on this rank.
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
-    count over the whole run, resumed parts included; `judge` is asked before each update;
-    `progress` says what this rank is doing; `folder_lock` is held by the first rank.
+    count over the whole run, resumed parts included; `judges` are asked before each update;
+    `progress` says what this rank is doing, `forward_clock` how long its forward passes take;
+    `folder_lock` is held by the first rank.
     """
 
     config: RunConfig
@@ -87,7 +125,11 @@ class TrainingRun:
     folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
     progress: Progress = field(default_factory=Progress)
-    judge: Judge | None = None
+    forward_clock: ForwardClock = field(init=False)
+    judges: list[Judge] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forward_clock = ForwardClock(self.process.device.type)
 
     @property
     def total_steps(self) -> int:

@@ -49,24 +49,29 @@ def train_step(run: TrainingRun) -> StepOutcome:
     run.progress.enter("forward and backward")
     loss_and_tokens = run_schedule(run, micro_batches, forward_only=False)
     run.progress.enter("optimizer")
-    grad_norm, refused = _update(run, loss_and_tokens)
+    grad_norm, refused = _update(run, loss_and_tokens, micro_batches)
     run.step += 1
     run.consumed_samples += run.config.batch.global_
     run.timings.steps_seconds += time.perf_counter() - started
     return StepOutcome(loss_and_tokens, grad_norm, rate, refused, micro_batches)
 
 
-def _update(run: TrainingRun, loss_and_tokens: Tensor) -> tuple[float, str | None]:
-    """The optimizer's step unless the run's judge refuses it; the norm, and why it refused."""
+def _update(
+    run: TrainingRun, loss_and_tokens: Tensor, micro_batches: Sequence[Batch | None]
+) -> tuple[float, str | None]:
+    """The optimizer's step unless a judge of the run refuses it; the norm, and why it refused."""
     refused: str | None = None
 
     def accepts(norm: float) -> bool:
         nonlocal refused
-        refused = None if run.judge is None else run.judge(norm, loss_and_tokens)
+        reasons = (judge(norm, loss_and_tokens, micro_batches) for judge in run.judges)
+        refused = next((reason for reason in reasons if reason is not None), None)
         return refused is None
 
-    run.optimizer.accepts = accepts if run.judge is not None else None
+    run.optimizer.accepts = accepts if run.judges else None
     _, grad_norm, _ = run.optimizer.step()
+    if refused is None:
+        run.policy.weights_changed()
     return float(grad_norm or 0.0), refused
 
 
@@ -171,7 +176,8 @@ def run_schedule(
 
     def forward_step(*args: Any) -> Any:
         run.progress.next_micro_batch()
-        return run.forward_step(*args)
+        with run.forward_clock.measured():
+            return run.forward_step(*args)
 
     reports: list[dict[str, Any]] = schedule(
         forward_step_func=forward_step,

@@ -47,9 +47,9 @@ class BadSteps(Hook):
         self.good_losses: deque[float] = deque()
 
     def on_start(self, run: TrainingRun) -> None:
-        """Become the run's judge."""
+        """Become a judge of the run."""
         self.good_losses = deque(maxlen=run.config.resilience.spike_window)
-        run.judge = lambda norm, loss_and_tokens: self._judge(run, norm, loss_and_tokens)
+        run.judges.append(lambda norm, losses, _: self._judge(run, norm, losses))
 
     def on_state(self, run: TrainingRun) -> None:
         """Forget the losses of the state that was left."""
