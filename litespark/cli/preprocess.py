@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,6 +189,8 @@ def run_options(options: PreprocessOptions) -> int:
     Raises:
         LitesparkError: see `litespark.data.preprocess.preprocess`.
     """
+    # Nothing here multiplies matrices; numpy's threads for it cost each process 50 ms.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from litespark.data.preprocess import Progress, preprocess
     from litespark.data.storage import is_remote
     from litespark.data.transfer import local_output

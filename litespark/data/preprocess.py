@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing import get_context
+from pathlib import Path
 
 from litespark.data import workers
-from litespark.data.documents import parsed_lines
-from litespark.data.engine import reason_against
+from litespark.data.documents import numbered_lines, parse_line, parse_text
+from litespark.data.engine import cut_at_line_ends, reason_against
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest
 from litespark.data.options import PreprocessOptions, Progress
@@ -43,7 +45,10 @@ __all__ = ["PreprocessOptions", "Progress", "preprocess"]
 _BLOCKS_IN_FLIGHT_PER_WORKER = 3
 # What the fast engine must agree with the reference on, besides the edge strings.
 _PROBED_DOCUMENTS = 64
-_PROBED_CHARACTERS = 1 << 13  # of each
+_PROBED_CHARACTERS = 1 << 12  # of each
+_MODEL_NAME = "model"
+
+_InFlight = deque[tuple[LineBlock, Future[workers.TokenizedBlock]]]
 
 
 def preprocess(
@@ -79,7 +84,7 @@ def preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, say)
+            _tokenize(job, tokenizer, work.path, say)
             job.seal()
         manifests = job.publish()
         work.mark_done()
@@ -146,34 +151,46 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             )
 
 
-def _tokenize(job: Job, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
     """Run all blocks that are left through the workers."""
     options = job.options
-    model_json = tokenizer.plain_json()
-    pool = _start_pool(options, tokenizer, model_json)
+    model_path = work / _MODEL_NAME
+    pool = _start_pool(options, tokenizer, model_path)
     try:
-        # The workers start while this process tries the engine that they will use.
-        documents = _first_documents(options, job.sources)
-        reason = reason_against(tokenizer, model_json, documents)
+        # The workers start while this process prepares the model.
+        plain_json = tokenizer.plain_json()
+        model = None if plain_json is None else cut_at_line_ends(plain_json)
+        blocks = job.blocks()
+        in_flight: _InFlight = deque()
+        if model is not None:
+            model.save(model_path)
+            # They begin while it is tried here; what they did is dropped where it is not right.
+            for block in islice(blocks, options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER):
+                in_flight.append((block, pool.submit(workers.tokenize_block, block)))
+        reason = reason_against(tokenizer, model, _first_documents(options, job.sources))
         if reason is not None:
             say(
                 f"note: {reason}; the reference tokenizer is used, which takes several times longer"
             )
             pool.shutdown(wait=True, cancel_futures=True)
             pool = _start_pool(options, tokenizer, None)
-        in_flight = options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER
-        for block, result in _in_order(pool, job.blocks(), in_flight):
+            again = [block for block, _ in in_flight]
+            in_flight.clear()
+            blocks = chain(again, blocks)
+        for block, result in _in_order(pool, blocks, in_flight, options.workers):
             job.take(block, result)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_pool(
-    options: PreprocessOptions, tokenizer: Tokenizer, model_json: bytes | None
+    options: PreprocessOptions, tokenizer: Tokenizer, model_path: Path | None
 ) -> ProcessPoolExecutor:
+    # Small, and the model comes by a file: what does not fit in a pipe would be handed to one
+    # process after the other, each when the last has started.
     settings = workers.Settings(
         tokenizer=str(tokenizer.path),
-        model_json=model_json,
+        model_path=None if model_path is None else str(model_path),
         vocab_size=tokenizer.vocab_size,
         json_keys=options.json_keys,
         split_by=options.split_by,
@@ -210,14 +227,14 @@ def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Itera
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, blocks: Iterable[LineBlock], max_in_flight: int
+    pool: ProcessPoolExecutor, blocks: Iterable[LineBlock], in_flight: _InFlight, workers_: int
 ) -> Iterator[tuple[LineBlock, workers.TokenizedBlock]]:
-    """Yield each block with its result, in order, never having more than `max_in_flight` out."""
-    in_flight: deque[tuple[LineBlock, Future[workers.TokenizedBlock]]] = deque()
+    """Yield each block with its result, in order; few are out at a time, `in_flight` already."""
     for block in blocks:
         in_flight.append((block, pool.submit(workers.tokenize_block, block)))
-        if len(in_flight) >= max_in_flight:
+        if len(in_flight) >= workers_ * _BLOCKS_IN_FLIGHT_PER_WORKER:
             waiting, future = in_flight.popleft()
             yield waiting, future.result()
-    for waiting, future in in_flight:
+    while in_flight:
+        waiting, future = in_flight.popleft()
         yield waiting, future.result()

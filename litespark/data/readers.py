@@ -283,7 +283,9 @@ def _blocks_of(source: Source, pieces: Iterator[bytes], block_bytes: int) -> Ite
         pending.append(piece)
         pending_bytes += len(piece)
         if pending_bytes >= block_bytes and b"\n" in piece:
-            data, tail = _cut_after_last_line(b"".join(pending))
+            cut = piece.rfind(b"\n") + 1
+            pending[-1], tail = piece[:cut], piece[cut:]
+            data = b"".join(pending)
             yield LineBlock(source, first_line, data)
             first_line += data.count(b"\n")
             pending, pending_bytes = [tail], len(tail)
@@ -297,11 +299,6 @@ def _blocks_of(source: Source, pieces: Iterator[bytes], block_bytes: int) -> Ite
             )
     if pending_bytes or source.is_text:  # an empty text is a document all the same
         yield LineBlock(source, first_line, b"".join(pending))
-
-
-def _cut_after_last_line(data: bytes) -> tuple[bytes, bytes]:
-    cut = data.rfind(b"\n") + 1
-    return data[:cut], data[cut:]
 
 
 def _decompressed(path: str, meter: Meter) -> Iterator[bytes]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +104,8 @@ class TiktokenTokenizer:
 
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens."""
+        import orjson
+
         names = _byte_names()
         ranks = self._ranks.ranks
         text_of = {token: "".join([names[byte] for byte in token]) for token in ranks}
@@ -136,23 +137,27 @@ class TiktokenTokenizer:
                 "vocab": {
                     text_of[token]: rank + self._ranks.first_id for token, rank in ranks.items()
                 },
-                "merges": [(text_of[left], text_of[right]) for left, right in _merges(ranks)],
+                "merges": _merges(ranks, text_of),
             },
         }
-        return json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return orjson.dumps(value)
 
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return every split of every token into two tokens, lowest rank first."""
-    found: list[tuple[bytes, bytes]] = []
+def _merges(ranks: dict[bytes, int], text_of: dict[bytes, str]) -> list[str]:
+    """Return every split "left right" of every token into two tokens, lowest rank first."""
+    merges: list[str] = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:place], token[place:]) for place in range(1, len(token))]
-        known = [split for split in splits if split[0] in ranks and split[1] in ranks]
-        found += sorted(known, key=lambda split: (ranks[split[0]], ranks[split[1]]))
-    return found
+        found = [
+            (ranks[token[:place]], ranks[token[place:]], place)
+            for place in range(1, len(token))
+            if token[:place] in ranks and token[place:] in ranks
+        ]
+        found.sort()
+        merges += [f"{text_of[token[:at]]} {text_of[token[at:]]}" for _, _, at in found]
+    return merges
 
 
 def _byte_names() -> list[str]:
@@ -189,7 +194,9 @@ def _read_llama3(content: bytes) -> _Ranks:
 
 
 def _read_tekken(content: bytes) -> _Ranks:
-    value = json.loads(content)
+    import orjson
+
+    value = orjson.loads(content)
     config = value["config"]
     control_count = int(config["default_num_special_tokens"])
     vocab_size = int(config["default_vocab_size"])

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from litespark.data import engine as module
 from litespark.data.edge_strings import EDGE_STRINGS
-from litespark.data.engine import FastEngine, ReferenceEngine, reason_against
+from litespark.data.engine import (
+    FastEngine,
+    FastModel,
+    ReferenceEngine,
+    cut_at_line_ends,
+    reason_against,
+)
 from litespark.data.tokenizers import load_tokenizer
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece
 
@@ -91,7 +97,44 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(tokenizers):
-    return {kind: FastEngine(tokenizer.plain_json()) for kind, tokenizer in tokenizers.items()}
+    """Engines as a job uses them: where the model allows it, cut at line ends."""
+    return {
+        kind: FastEngine(*cut_at_line_ends(tokenizer.plain_json()))
+        for kind, tokenizer in tokenizers.items()
+    }
+
+
+def test_models_of_llamas_kind_are_cut_at_line_ends_and_no_others(tokenizers, tmp_path):
+    plain = tokenizers["sentencepiece"].plain_json()
+    model = cut_at_line_ends(plain)
+    assert model.prefix == b" "
+    value = json.loads(model.json)
+    (added,) = value["added_tokens"]
+    assert (added["content"], added["id"]) == ("\n", value["model"]["vocab"]["<0x0A>"])
+    model.save(tmp_path / "model")
+    assert FastModel.load(str(tmp_path / "model")) == model
+    for kind in ("byte_level", "llama3", "tekken"):
+        other = tokenizers[kind].plain_json()
+        assert cut_at_line_ends(other) == FastModel(other)
+    # A piece that reaches across a line end forbids it.
+    value = json.loads(plain)
+    value["model"]["vocab"]["a\n"] = len(value["model"]["vocab"])
+    across = json.dumps(value).encode()
+    assert cut_at_line_ends(across) == FastModel(across)
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [True, False])
+def test_cut_and_uncut_engines_agree_around_line_ends(tmp_path, add_dummy_prefix):
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path, add_dummy_prefix=add_dummy_prefix))
+    plain = tokenizer.plain_json()
+    assert plain is not None
+    cut = cut_at_line_ends(plain)
+    assert cut.prefix == (b" " if add_dummy_prefix else b"")
+    whole, parted = FastEngine(plain), FastEngine(*cut)
+    for letters in itertools.product(["\n", " ", "\u2581", "the", "\r"], repeat=4):
+        text = "".join(letters)
+        assert fast_ids(parted, text) == fast_ids(whole, text) == tokenizer.encode(text)
+    assert fast_ids(parted, "") == []
 
 
 def fast_ids(engine, text):
@@ -101,7 +144,7 @@ def fast_ids(engine, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_is_accepted_and_gives_the_ids_of_the_edge_strings(tokenizers, engines, kind):
     tokenizer = tokenizers[kind]
-    assert reason_against(tokenizer, tokenizer.plain_json(), PARAGRAPHS[:64]) is None
+    assert reason_against(tokenizer, FastModel(tokenizer.plain_json()), PARAGRAPHS[:64]) is None
     for text in EDGE_STRINGS:
         assert fast_ids(engines[kind], text) == tokenizer.encode(text), text[:60]
 
@@ -150,7 +193,7 @@ def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeyp
     value = json.loads(plain)
     merges = [merge for merge in value["model"]["merges"] if "".join(merge) != "\u2581the"]
     value["model"]["merges"] = merges
-    wrong = json.dumps(value).encode()
+    wrong = FastModel(json.dumps(value).encode())
     assert reason_against(tokenizer, wrong, []) is None
     reason = reason_against(tokenizer, wrong, ["and the rest"])
     assert reason is not None
@@ -161,7 +204,7 @@ def test_models_that_the_engine_cannot_read_are_left_to_the_reference(tmp_path):
     unigram = load_tokenizer(train_sentencepiece(tmp_path, model_type="unigram", vocab_size=500))
     assert unigram.plain_json() is None
     assert "does not know" in str(reason_against(unigram, None, []))
-    assert "cannot read" in str(reason_against(unigram, b'{"model": {}}', []))
+    assert "cannot read" in str(reason_against(unigram, FastModel(b'{"model": {}}'), []))
     text = PARAGRAPHS[0]
     ids = ReferenceEngine(unigram).encode(text.encode())
     assert ids.tolist() == unigram.encode(text)
