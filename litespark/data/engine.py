@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,35 +158,29 @@ class ReferenceEngine:
         """Nothing grows here."""
 
 
-def reason_against(
-    tokenizer: Tokenizer, model: FastModel | None, documents: Iterable[str]
-) -> str | None:
-    """Try the fast engine on edge strings and on `documents`; return why not to use it, or None."""
-    if model is None:
-        return "gigatoken does not know this kind of tokenizer"
+Engine = FastEngine | ReferenceEngine
+
+
+def probe_texts(tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
+    """Return what the fast engine must get right: edge strings, added tokens, `documents`."""
+    added = [t for token in tokenizer.added_tokens for t in (token, f"a{token} {token}b {token}")]
+    return [*EDGE_STRINGS, *added, *documents]
+
+
+def encode_texts(load: Callable[[], Engine], texts: Sequence[str]) -> list[list[int]] | str:
+    """Return the ids that an engine gives each text, or why it cannot be loaded."""
     try:
-        engine = FastEngine(*model)
+        engine = load()
     except (ValueError, NotImplementedError, RuntimeError, KeyError, TypeError) as error:
         return f"gigatoken cannot read the model ({error})"
-    different = first_difference(tokenizer, engine, documents)
-    if different is not None:
-        return f"gigatoken gives other ids than the reference for {different[:_SHOWN_CHARACTERS]!r}"
-    return None
+    return [engine.encode(text.encode("utf-8")).tolist() for text in texts]
 
 
-def first_difference(
-    tokenizer: Tokenizer, engine: FastEngine, documents: Iterable[str]
+def reason_against(
+    tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[Sequence[int]]
 ) -> str | None:
-    """Return the first text on which the two disagree, or None."""
-    for text in _probes(tokenizer, documents):
-        if engine.encode(text.encode("utf-8")).tolist() != tokenizer.encode(text):
-            return text
+    """Return why an engine that gave these ids is not to be used, None when all are right."""
+    for text, found in zip(texts, ids, strict=True):
+        if found != tokenizer.encode(text):
+            return f"gigatoken gives other ids than the reference for {text[:_SHOWN_CHARACTERS]!r}"
     return None
-
-
-def _probes(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterable[str]:
-    yield from EDGE_STRINGS
-    for token in tokenizer.added_tokens:
-        yield token
-        yield f"a{token} {token}b {token}"
-    yield from documents

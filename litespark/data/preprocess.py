@@ -25,7 +25,7 @@ from pathlib import Path
 
 from litespark.data import workers
 from litespark.data.documents import numbered_lines, parse_line, parse_text
-from litespark.data.engine import cut_at_line_ends, reason_against
+from litespark.data.engine import cut_at_line_ends, probe_texts, reason_against
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest
 from litespark.data.options import PreprocessOptions, Progress
@@ -162,21 +162,24 @@ def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], N
         model = None if plain_json is None else cut_at_line_ends(plain_json)
         blocks = job.blocks()
         in_flight: _InFlight = deque()
+        reason: str | None = "gigatoken does not know this kind of tokenizer"
         if model is not None:
             model.save(model_path)
-            # They begin while it is tried here; what they did is dropped where it is not right.
+            texts = probe_texts(tokenizer, _first_documents(options, job.sources))
+            tried = pool.submit(workers.try_engine, texts)
+            # Blocks follow at once; what became of them is dropped where the engine is not right.
             for block in islice(blocks, options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER):
                 in_flight.append((block, pool.submit(workers.tokenize_block, block)))
-        reason = reason_against(tokenizer, model, _first_documents(options, job.sources))
+            ids = tried.result()
+            reason = ids if isinstance(ids, str) else reason_against(tokenizer, texts, ids)
         if reason is not None:
             say(
                 f"note: {reason}; the reference tokenizer is used, which takes several times longer"
             )
             pool.shutdown(wait=True, cancel_futures=True)
             pool = _start_pool(options, tokenizer, None)
-            again = [block for block, _ in in_flight]
-            in_flight.clear()
-            blocks = chain(again, blocks)
+            blocks = chain([block for block, _ in in_flight], blocks)
+            in_flight = deque()
         for block, result in _in_order(pool, blocks, in_flight, options.workers):
             job.take(block, result)
     finally:

@@ -106,9 +106,12 @@ class TiktokenTokenizer:
         """Return the model as a `tokenizer.json` without control tokens."""
         import orjson
 
-        names = _byte_names()
-        ranks = self._ranks.ranks
-        text_of = {token: "".join([names[byte] for byte in token]) for token in ranks}
+        names = str.maketrans(dict(enumerate(_byte_names())))
+        first_id = self._ranks.first_id
+        ranks = {
+            token.decode("latin-1").translate(names): rank
+            for token, rank in self._ranks.ranks.items()
+        }
         split = {"type": "Split", "pattern": {"Regex": self._ranks.pattern}}
         value = {
             "version": "1.0",
@@ -134,10 +137,8 @@ class TiktokenTokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": True,
-                "vocab": {
-                    text_of[token]: rank + self._ranks.first_id for token, rank in ranks.items()
-                },
-                "merges": _merges(ranks, text_of),
+                "vocab": {text: rank + first_id for text, rank in ranks.items()},
+                "merges": _merges(ranks),
             },
         }
         return orjson.dumps(value)
@@ -146,17 +147,17 @@ class TiktokenTokenizer:
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
-def _merges(ranks: dict[bytes, int], text_of: dict[bytes, str]) -> list[str]:
+def _merges(ranks: dict[str, int]) -> list[str]:
     """Return every split "left right" of every token into two tokens, lowest rank first."""
     merges: list[str] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
+    for text in sorted(ranks, key=ranks.__getitem__):
         found = [
-            (ranks[token[:place]], ranks[token[place:]], place)
-            for place in range(1, len(token))
-            if token[:place] in ranks and token[place:] in ranks
+            (ranks[text[:place]], ranks[text[place:]], place)
+            for place in range(1, len(text))
+            if text[:place] in ranks and text[place:] in ranks
         ]
         found.sort()
-        merges += [f"{text_of[token[:at]]} {text_of[token[at:]]}" for _, _, at in found]
+        merges += [f"{text[:place]} {text[place:]}" for _, _, place in found]
     return merges
 
 

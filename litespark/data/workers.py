@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litespark.data.documents import ParsedLine, numbered_lines, parse_line, parse_text
-from litespark.data.engine import FastEngine, FastModel, ReferenceEngine
+from litespark.data.engine import Engine, FastEngine, FastModel, ReferenceEngine, encode_texts
 from litespark.data.indexed import token_type
 from litespark.data.readers import LineBlock
 from litespark.utils.processes import end_with_parent
@@ -79,7 +79,7 @@ class _Group:
 
 
 _settings: Settings
-_engine: FastEngine | ReferenceEngine | None = None
+_engine: Engine | None = None
 _begin: npt.NDArray[np.integer]
 _end: npt.NDArray[np.integer]
 
@@ -103,7 +103,7 @@ def warm_up() -> None:
     """Do nothing; the first task of a process makes it start."""
 
 
-def load_engine() -> FastEngine | ReferenceEngine:
+def load_engine() -> Engine:
     """Return the engine of this process, loaded when it is first wanted."""
     global _engine
     if _engine is None:
@@ -114,6 +114,11 @@ def load_engine() -> FastEngine | ReferenceEngine:
 
             _engine = ReferenceEngine(load_tokenizer(_settings.tokenizer))
     return _engine
+
+
+def try_engine(texts: list[str]) -> list[list[int]] | str:
+    """Return the ids of texts, or why the engine cannot be loaded."""
+    return encode_texts(load_engine, texts)
 
 
 def tokenize_block(block: LineBlock) -> TokenizedBlock:
@@ -147,7 +152,7 @@ def _parsed_lines(block: LineBlock) -> list[tuple[int, ParsedLine | str]]:
     return [(line, parse_line(raw, keys, split_by)) for line, raw in numbered_lines(block)]
 
 
-def _add_document(group: _Group, engine: FastEngine | ReferenceEngine, text: bytes) -> None:
+def _add_document(group: _Group, engine: Engine, text: bytes) -> None:
     group.text_bytes += len(text)
     ids = engine.encode(text) if text else _end[:0]
     if ids.size == 0:  # as Megatron's tool: an empty document stays empty
