@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from litespark.data.corpus import Corpus
 from litespark.data.indexed import IndexedReader, bin_path, idx_path
-from litespark.data.manifest import read_manifest
+from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.sample_index import IndexCache
 from litespark.data.verify import check_counts
 from litespark.errors import UserError
@@ -249,7 +249,10 @@ def _split_bounds(split: tuple[float, float, float]) -> tuple[tuple[float, float
 
 
 def check_tokenizer(
-    entries: Sequence[tuple[str, float]], vocab_size: int, tokenizer_identity: str | None
+    entries: Sequence[tuple[str, float]],
+    vocab_size: int,
+    tokenizer_identity: str | None,
+    tokenizer_path: str | None = None,
 ) -> None:
     """Refuse shards that the model cannot read; shards without a manifest pass.
 
@@ -257,11 +260,12 @@ def check_tokenizer(
         entries: as for `open_blend`.
         vocab_size: rows of the model's embedding.
         tokenizer_identity: SHA-256 of the run's tokenizer file, None when the run has none.
+        tokenizer_path: that file, for the message.
 
     Raises:
         UserError: when a shard's vocabulary exceeds the model's, or tokenizers differ.
     """
-    expected, whose = tokenizer_identity, "the run's tokenizer"
+    expected, whose = tokenizer_identity, f"the run's tokenizer {tokenizer_path or ''}".rstrip()
     for prefix, _ in entries:
         manifest = read_manifest(prefix)
         if manifest is None:
@@ -277,9 +281,10 @@ def check_tokenizer(
         if expected is not None and tokenizer.identity != expected:
             raise UserError(
                 prefix,
-                f"was written with the tokenizer {tokenizer.name} of SHA-256 "
-                f"{tokenizer.identity[:12]}, which differs from {whose}, {expected[:12]}",
+                f"was written with a tokenizer {tokenizer.name} of SHA-256 "
+                f"{tokenizer.identity[:12]} (says {manifest_path(prefix)}), which differs from "
+                f"{whose}, SHA-256 {expected[:12]}",
                 "Preprocess all shards with the tokenizer that the run names.",
             )
         if expected is None:
-            expected, whose = tokenizer.identity, f"that of {prefix}"
+            expected, whose = tokenizer.identity, f"that of {prefix}, {tokenizer.name}"

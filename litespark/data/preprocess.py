@@ -138,6 +138,7 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             f"{', '.join(sorted(repeated))} is named more than once",
             "Name each key once; each gives one shard.",
         )
+    _check_names(options, tokenizer)
     for wanted, token_id, what, option in (
         (options.append_eod, tokenizer.eos_id, "end-of-text token to append", "--no-append-eod"),
         (options.prepend_bos, tokenizer.bos_id, "begin-of-text token", "--no-prepend-bos"),
@@ -149,6 +150,19 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
                 f"has no {what}",
                 f"Name one as {name} in tokenizer_config.json beside it, or pass {option}.",
             )
+
+
+def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    """Refuse at the start what the manifest, which is UTF-8, could not hold at the end."""
+    keys = (("--json-key", key) for key in options.json_keys)
+    split = ("--split-by", options.split_by or "")
+    for option, value in (("--tokenizer", tokenizer.path.name), split, *keys):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{option} {value!r}", "is not UTF-8, so the manifest cannot hold it", "Rename it."
+            ) from error
 
 
 def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:

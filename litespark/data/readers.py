@@ -106,13 +106,15 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
     Raises:
         UserError: when an input is missing, matches nothing, holds no JSON lines, has another
-            suffix, is no regular file, or when one file is named twice, by whatever path.
+            suffix, is no regular file, has a name that is not UTF-8, or when one file is named
+            twice, by whatever path.
     """
     sources: list[Source] = []
     for given in inputs:
         sources.extend(_sources_of(given))
     seen: dict[str, str] = {}
     for source in sources:
+        _require_utf8_name(source)
         is_local = not storage.is_remote(source.path)
         real_path = os.path.realpath(source.path) if is_local else source.path
         if real_path in seen:
@@ -125,6 +127,18 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             )
         seen[real_path] = source.path
     return sources
+
+
+def _require_utf8_name(source: Source) -> None:
+    """Refuse at the start a name that the manifest, which is UTF-8, could not hold at the end."""
+    try:
+        source.name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--input {os.fsencode(source.path)!r}",
+            "the name is not UTF-8, so the manifest cannot hold it",
+            "Rename the file.",
+        ) from error
 
 
 def _sources_of(given: str) -> list[Source]:
