@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from litespark.data import workers
-from litespark.data.documents import numbered_lines, parse_line, parse_text
+from litespark.data.documents import parsed_lines
 from litespark.data.engine import cut_at_line_ends, probe_texts, reason_against
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from litespark.data.documents import ParsedLine, numbered_lines, parse_line, parse_text
+from litespark.data.documents import parsed_lines
 from litespark.data.engine import Engine, FastEngine, FastModel, ReferenceEngine, encode_texts
 from litespark.data.indexed import token_type
 from litespark.data.readers import LineBlock
@@ -143,13 +143,6 @@ def tokenize_block(block: LineBlock) -> TokenizedBlock:
         tuple(_packed(key, subset, group) for (key, subset), group in groups.items()),
         tuple(bad_lines),
     )
-
-
-def _parsed_lines(block: LineBlock) -> list[tuple[int, ParsedLine | str]]:
-    if block.source.is_text:
-        return [(1, parse_text(block.data))]
-    keys, split_by = _settings.json_keys, _settings.split_by
-    return [(line, parse_line(raw, keys, split_by)) for line, raw in numbered_lines(block)]
 
 
 def _add_document(group: _Group, engine: Engine, text: bytes) -> None:

@@ -92,7 +92,9 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
                 f"Set model.vocab_size={tokenizer.vocab_size} or more.",
             )
     check_tokenizer(entries, config.model.vocab_size, identity, path)
-    train = open_blend(entries, data.split, "train", data.sequence_length, config.seed, cache)
+    evaluates = config.training.eval_every is not None
+    parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
+    train, *rest = open_blends(entries, data.split, parts, data.sequence_length, config.seed, cache)
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return train, rest[0] if evaluates else None

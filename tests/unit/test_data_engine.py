@@ -20,8 +20,11 @@ from litespark.data.engine import (
     encode_texts,
     probe_texts,
 )
+from litespark.data.indexed import IndexedReader
+from litespark.data.options import PreprocessOptions
+from litespark.data.preprocess import preprocess
 from litespark.data.tokenizers import load_tokenizer
-from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece
+from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece, write_jsonl
 
 KINDS = ["sentencepiece", "llama_json", "byte_level", "llama3", "tekken"]
 
@@ -208,9 +211,31 @@ def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeyp
     assert "and the rest" in reason
 
 
+def test_job_with_a_wrong_engine_is_redone_by_the_reference(tokenizers, tmp_path, monkeypatch):
+    """Blocks that the wrong engine was given already are dropped, and none is lost."""
+    tokenizer = tokenizers["sentencepiece"]
+    data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS), []
+    value = json.loads(tokenizer.plain_json())
+    value["model"]["merges"] = value["model"]["merges"][:50]
+    wrong = json.dumps(value).encode()
+    monkeypatch.setattr(type(tokenizer), "plain_json", lambda self: wrong)
+    job = PreprocessOptions((str(data),), str(tokenizer.path), str(tmp_path / "out"))
+    preprocess(job, say=said.append)
+    assert "gigatoken gives other ids than the reference" in said[0]
+    reader = IndexedReader(tmp_path / "out_text_document")
+    ids = [reader.read(i).tolist() for i in range(reader.documents)]
+    assert ids == [[*tokenizer.encode(text), tokenizer.eos_id] for text in PARAGRAPHS]
+
+
 def test_models_that_the_engine_cannot_read_are_left_to_the_reference(tmp_path):
     unigram = load_tokenizer(train_sentencepiece(tmp_path, model_type="unigram", vocab_size=500))
     assert unigram.plain_json() is None
+    data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS[:5]), []
+    job = PreprocessOptions((str(data),), str(unigram.path), str(tmp_path / "out"))
+    preprocess(job, say=said.append)
+    assert "does not know" in said[0]
+    reader = IndexedReader(tmp_path / "out_text_document")
+    assert reader.read(0).tolist() == [*unigram.encode(PARAGRAPHS[0]), unigram.eos_id]
     assert "cannot read" in str(reason_against(unigram, FastModel(b'{"model": {}}'), []))
     text = PARAGRAPHS[0]
     ids = ReferenceEngine(unigram).encode(text.encode())

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from litespark.data.indexed import IndexedReader
-from litespark.data.manifest import verify_checksums
+from litespark.data.verify import verify_shard
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def outputs(tmp_path):
 
 def documents(tmp_path):
     prefix = tmp_path / "out" / "p_text_document"
-    assert verify_checksums(prefix) is not None
+    verify_shard(prefix)
     return IndexedReader(prefix).documents
 
 
