@@ -61,7 +61,7 @@ def outputs(tmp_path):
 
 def documents(tmp_path):
     prefix = tmp_path / "out" / "p_text_document"
-    verify_shard(prefix)
+    verify_shard(str(prefix))
     return IndexedReader(prefix).documents
 
 
