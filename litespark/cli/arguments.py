@@ -28,6 +28,24 @@ def add_command(
     )
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG and the overrides; `litespark.config.load.load_config` reads both."""
+    parser.add_argument("config", metavar="CONFIG", help="the run's YAML file, see examples/")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="values that replace the file's, e.g. optimizer.lr=3e-4",
+    )
+
+
+def add_shards_argument(parser: argparse.ArgumentParser) -> None:
+    """Add PREFIX..., the shards that a command works on one after the other."""
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="path of a shard without .bin and .idx"
+    )
+
+
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     """Add CHECKPOINT; `litespark.checkpoint.folder.find_checkpoint` resolves it."""
     parser.add_argument(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_shards_argument
 from litespark.cli.data_copy import add_copy_parser
 from litespark.cli.data_head import add_head_parser
 from litespark.cli.data_index import add_index_parser
@@ -57,12 +57,7 @@ def add_parser(subparsers: Any) -> None:
         description=_VERIFY_DESCRIPTION,
         epilog=_VERIFY_EPILOG,
     )
-    verify.add_argument(
-        "prefixes",
-        nargs="+",
-        metavar="PREFIX",
-        help="path of a shard without .bin and .idx",
-    )
+    add_shards_argument(verify)
     verify.add_argument(
         "--vocab-size",
         type=int,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from typing import Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_shards_argument
+from litespark.cli.exits import unwind_on_sigterm
 from litespark.cli.progress import byte_bar
 from litespark.errors import UserError
 
@@ -42,9 +42,7 @@ def add_copy_parser(actions: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "prefixes", nargs="+", metavar="PREFIX", help="path of a shard without .bin and .idx"
-    )
+    add_shards_argument(parser)
     parser.add_argument("folder", metavar="FOLDER", help="where to; shards keep their names")
     parser.set_defaults(run=run_copy)
 
@@ -68,8 +66,7 @@ def run_copy(args: argparse.Namespace) -> int:
                 "Give one side as s3://...; other copies are the work of other tools.",
             )
     require_storage()
-    # A scheduler's SIGTERM unwinds like an error, so that the temporary files go.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    unwind_on_sigterm()
     with byte_bar("copying") as bar:
         for number, prefix in enumerate(args.prefixes, start=1):
             bar.rename(f"{number}/{len(args.prefixes)} {prefix}")

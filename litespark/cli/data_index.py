@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_config_arguments
 from litespark.config.load import load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
@@ -43,13 +43,7 @@ def add_index_parser(actions: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="values that replace the file's, as for litespark train",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--epochs",
         type=int,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from litespark.cli.arguments import add_command
+from litespark.cli.exits import unwind_on_sigterm
 from litespark.cli.progress import byte_bar
 
 _DESCRIPTION = """\
@@ -73,8 +73,7 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> int:
     """
     from litespark.data.merge import merge_shards
 
-    # A scheduler's SIGTERM unwinds like an error, so that the temporary files go.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    unwind_on_sigterm()
     with byte_bar("merging") as bar:
         merged = merge_shards(prefixes, output_prefix, bar.begin, bar.advance)
     files = merged.files

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_shards_argument
 from litespark.errors import UserError
 
 if TYPE_CHECKING:  # the help must not wait for numpy
@@ -42,9 +42,7 @@ def add_stats_parser(actions: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "prefixes", nargs="+", metavar="PREFIX", help="path of a shard without .bin and .idx"
-    )
+    add_shards_argument(parser)
     parser.add_argument(
         "--png",
         metavar="FILE",

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from litespark.errors import ExitCode, LitesparkError
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
+
+
+def unwind_on_sigterm() -> None:
+    """Let a scheduler's SIGTERM end this process like an error, so that what is unfinished goes:
+    temporary files, worker processes.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def run_command(function: Callable[[], int]) -> int:

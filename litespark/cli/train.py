@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from litespark.cli.arguments import add_command
+from litespark.cli.arguments import add_command, add_config_arguments
 from litespark.config.load import dump_config, load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
@@ -24,10 +24,11 @@ examples:
   litespark train run.yaml
   litespark train run.yaml --nproc 4 parallel.tensor=2 parallel.pipeline=2
   litespark train run.yaml --nproc 8 --dry-run optimizer.lr=3e-4
+  litespark train run.yaml --nproc 8 --max-restarts 3
   torchrun --nnodes 2 --nproc-per-node 8 ... -m litespark train run.yaml
 
 exit codes: 0 done, 2 the configuration or the data is wrong, 3 stopped by a signal after saving,
-4 ended by a guard (NaN), 1 anything else.
+4 ended by a guard (bad steps, hang), 1 anything else.
 """
 
 
@@ -40,19 +41,21 @@ def add_parser(subparsers: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see examples/")
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="values that replace the file's, e.g. optimizer.lr=3e-4",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--nproc",
         type=int,
         metavar="N",
         help="start N processes on this machine (default: one, in this process); under torchrun "
         "the processes are there already and --nproc is not given",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --nproc: after a fault (a lost rank, a hang) start again up to N times, from "
+        "the newest checkpoint (default: 0); under torchrun give it torchrun's --max-restarts",
     )
     parser.add_argument(
         "--dry-run",
@@ -83,6 +86,14 @@ def run(args: argparse.Namespace) -> int:
             f"a launcher has started {launched_world_size} processes already (WORLD_SIZE is set)",
             "Leave out --nproc under torchrun.",
         )
+    if args.max_restarts < 0 or (args.max_restarts and launched_world_size is not None):
+        raise UserError(
+            f"--max-restarts {args.max_restarts}",
+            "is a number of restarts by this command, which starts the processes itself"
+            if launched_world_size is None
+            else "is for the launcher that has started this process",
+            "Give 0 or more." if launched_world_size is None else "Give it to torchrun.",
+        )
     if args.dry_run and os.environ.get("RANK", "0") != "0":
         return ExitCode.DONE  # the first rank speaks
     world_size = launched_world_size or args.nproc or 1
@@ -92,9 +103,13 @@ def run(args: argparse.Namespace) -> int:
         checked = preflight(config, world_size)
         if args.dry_run:
             return _show_plan(config, world_size, checked.checkpoint)
-        if world_size > 1:
-            events = Path(config.run.output_dir) / "events.jsonl"
-            return launch(world_size, ["train", args.config, *args.overrides], events)
+        if world_size > 1 or args.max_restarts:
+            return launch(
+                world_size,
+                ["train", args.config, *args.overrides],
+                Path(config.run.output_dir),
+                max_restarts=args.max_restarts,
+            )
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core

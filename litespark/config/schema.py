@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from litespark.config.blends import expand_blend
 from litespark.config.precision import PrecisionConfig
 from litespark.config.presets import PRESETS
+from litespark.config.resilience import ResilienceConfig
 from litespark.config.section import Section
 
 
@@ -282,21 +283,6 @@ class LoggingConfig(Section):
     )
     wandb_project: str | None = Field(
         default=None, description="Weights & Biases project; needs the extra litespark[wandb]."
-    )
-
-
-class ResilienceConfig(Section):
-    """What to do when something goes wrong."""
-
-    stop_on_nan: bool = Field(
-        default=True,
-        description="End the run with exit code 4 when loss or gradient norm is not finite.",
-    )
-    collective_timeout_seconds: float = Field(
-        default=600.0,
-        ge=60.0,
-        le=86400.0,
-        description="A collective that takes longer than this ends the run; whole minutes.",
     )
 
 

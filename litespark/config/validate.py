@@ -30,6 +30,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_lengths(config),
         *_check_documents(config),
         *_check_training(config),
+        *_check_resilience(config),
     ]
 
 
@@ -323,4 +324,24 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"training.eval_every = {training.eval_every}",
             "evaluates, and data.split leaves nothing for validation",
             "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
+
+
+def _check_resilience(config: RunConfig) -> Iterator[UserError]:
+    resilience = config.resilience
+    patience, timeout = resilience.hang_seconds, resilience.collective_timeout_seconds
+    if patience is not None and patience >= timeout:
+        yield UserError(
+            f"resilience.hang_seconds = {patience:g}",
+            f"is not below resilience.collective_timeout_seconds = {timeout:g}, which would end "
+            "the run first and not say where it hangs",
+            "Lower the one or raise the other.",
+        )
+    precision = config.precision
+    if resilience.recheck_every and precision.mode == "fp8" and precision.recipe == "delayed":
+        yield UserError(
+            f"resilience.recheck_every = {resilience.recheck_every}",
+            "computes a step's losses again after its delayed scales have moved on, and would "
+            "never find the same",
+            "Leave it out, or take another precision.recipe.",
         )

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from litespark.data.corpus import Corpus
 from litespark.data.indexed import IndexedReader, bin_path, idx_path
-from litespark.data.manifest import read_manifest
+from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.sample import Sample
 from litespark.data.sample_index import IndexCache
 from litespark.data.verify import check_counts
@@ -151,45 +151,82 @@ def open_blend(
     seed: int,
     index_cache: IndexCache | None = None,
 ) -> Blend | None:
-    """Open one part of a blend; None when the part's share in `split` is 0.
+    """Open one part of a blend; see `open_blends`."""
+    return open_blends(entries, split, (part,), sequence_length, seed, index_cache)[0]
+
+
+def open_blends(
+    entries: Sequence[tuple[str, float]],
+    split: tuple[float, float, float],
+    parts: Sequence[Part],
+    sequence_length: int,
+    seed: int,
+    index_cache: IndexCache | None = None,
+) -> list[Blend | None]:
+    """Open parts of a blend, each shard once; None for a part whose share in `split` is 0.
 
     Args:
         entries: (prefix, weight) of each shard, the prefix in full (`P_text_document`).
         split: shares of train, validation and test in any scale ("969,30,1"); each shard's
-        documents are
-            cut into three runs in stored order, at the same places as megatron-core cuts.
-        part: which of the three.
+            documents are cut into three runs in stored order, at the same places as megatron-core
+            cuts.
+        parts: which of the three.
         sequence_length: tokens of a sample, without the extra one for the last label.
         seed: of the orders, 0 or more.
         index_cache: where the corpora keep their orders; None to build them in memory.
 
     Raises:
         UserError: when a shard is missing or damaged, a share or weight is no such number, or a
-        part has
-            too few tokens for one sample.
+            part has too few tokens for one sample.
     """
-    bounds = _split_bounds(split)[_PARTS.index(part)]
-    if bounds[0] == bounds[1]:
-        return None
+    bounds_of = dict(zip(_PARTS, _split_bounds(split), strict=True))
+    if all(bounds_of[part][0] == bounds_of[part][1] for part in parts):
+        return [None] * len(parts)
     if not entries:
         raise UserError("data.blend", "names no shard", "Add an entry with a prefix and a weight.")
     weights = normalized_weights([weight for _, weight in entries])
-    _require_shards([prefix for prefix, _ in entries])
-    corpora = []
-    for prefix, _ in entries:
+    readers = _open_readers([prefix for prefix, _ in entries])
+    blends: list[Blend | None] = []
+    for part in parts:
+        bounds = bounds_of[part]
+        if bounds[0] == bounds[1]:
+            blends.append(None)
+            continue
+        corpora = []
+        for reader in readers:
+            documents = _document_range(reader, split, part, bounds)
+            corpora.append(Corpus(reader, documents, sequence_length, seed, index_cache))
+        blends.append(Blend(corpora, weights))
+    return blends
+
+
+def _open_readers(prefixes: Sequence[str]) -> list[IndexedReader]:
+    _require_shards(prefixes)
+    readers = []
+    for prefix in prefixes:
         reader = IndexedReader(prefix)
         manifest = read_manifest(prefix)
         if manifest is not None:
             check_counts(prefix, reader.index, manifest)
-        first, last = (round(bound * reader.documents) for bound in bounds)
-        if first == last:
-            raise UserError(
-                f"data.split = {','.join(f'{share:g}' for share in split)}",
-                f"leaves the {part} part none of the {reader.documents} documents of {prefix}",
-                "Give that part a larger share, or 0 to do without it.",
-            )
-        corpora.append(Corpus(reader, (first, last), sequence_length, seed, index_cache))
-    return Blend(corpora, weights)
+        readers.append(reader)
+    return readers
+
+
+def _document_range(
+    reader: IndexedReader,
+    split: tuple[float, float, float],
+    part: Part,
+    bounds: tuple[float, float],
+) -> tuple[int, int]:
+    """The documents [first, last) of a shard that belong to a part."""
+    first, last = (round(bound * reader.documents) for bound in bounds)
+    if first == last:
+        raise UserError(
+            f"data.split = {','.join(f'{share:g}' for share in split)}",
+            f"leaves the {part} part none of the {reader.documents} documents of {reader.prefix}",
+            "Give that part a larger share, or 0 to do without it.",
+        )
+    return first, last
 
 
 def _require_shards(prefixes: Sequence[str]) -> None:
@@ -217,7 +254,10 @@ def _split_bounds(split: tuple[float, float, float]) -> tuple[tuple[float, float
 
 
 def check_tokenizer(
-    entries: Sequence[tuple[str, float]], vocab_size: int, tokenizer_identity: str | None
+    entries: Sequence[tuple[str, float]],
+    vocab_size: int,
+    tokenizer_identity: str | None,
+    tokenizer_path: str | None = None,
 ) -> None:
     """Refuse shards that the model cannot read; shards without a manifest pass.
 
@@ -225,11 +265,12 @@ def check_tokenizer(
         entries: as for `open_blend`.
         vocab_size: rows of the model's embedding.
         tokenizer_identity: SHA-256 of the run's tokenizer file, None when the run has none.
+        tokenizer_path: that file, for the message.
 
     Raises:
         UserError: when a shard's vocabulary exceeds the model's, or tokenizers differ.
     """
-    expected, whose = tokenizer_identity, "the run's tokenizer"
+    expected, whose = tokenizer_identity, f"the run's tokenizer {tokenizer_path or ''}".rstrip()
     for prefix, _ in entries:
         manifest = read_manifest(prefix)
         if manifest is None:
@@ -245,9 +286,10 @@ def check_tokenizer(
         if expected is not None and tokenizer.identity != expected:
             raise UserError(
                 prefix,
-                f"was written with the tokenizer {tokenizer.name} of SHA-256 "
-                f"{tokenizer.identity[:12]}, which differs from {whose}, {expected[:12]}",
+                f"was written with a tokenizer {tokenizer.name} of SHA-256 "
+                f"{tokenizer.identity[:12]} (says {manifest_path(prefix)}), which differs from "
+                f"{whose}, SHA-256 {expected[:12]}",
                 "Preprocess all shards with the tokenizer that the run names.",
             )
         if expected is None:
-            expected, whose = tokenizer.identity, f"that of {prefix}"
+            expected, whose = tokenizer.identity, f"that of {prefix}, {tokenizer.name}"

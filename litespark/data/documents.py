@@ -139,6 +139,22 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "an object")
 
 
+def parsed_lines(
+    block: LineBlock, json_keys: Sequence[str], split_by: str | None = None
+) -> Iterator[tuple[int, ParsedLine | str]]:
+    """Yield (line number, texts or problem) of a block; a plain text file is line 1.
+
+    Args:
+        block: of whole lines, or all of a plain text file.
+        json_keys, split_by: see `parse_line`.
+    """
+    if block.source.is_text:
+        yield 1, parse_text(block.data)
+        return
+    for line, raw in numbered_lines(block):
+        yield line, parse_line(raw, json_keys, split_by)
+
+
 def numbered_lines(block: LineBlock) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, bytes) of a block's lines, passing over those of white space only."""
     for offset, raw in enumerate(block.data.split(b"\n")):

@@ -6,12 +6,19 @@ exact: it is given the model without its control tokens, so that "</s>" in a doc
 one; and before a job it must agree with the reference on `EDGE_STRINGS`, on the text of every
 added token, and on the beginnings of the user's own first documents.  Where it cannot read a model
 or disagrees once, the reference does the work and the user is told.
+
+gigatoken tokenizes each word once and remembers it.  In models of Llama's kind it parts words at
+spaces alone, so the last word of a line and the first of the next make one, which is seldom met
+again.  `cut_at_line_ends` rewrites such a model so that a line's end parts words too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +32,83 @@ if TYPE_CHECKING:
 # that is new.  Loading the model again (50 ms) every so often is what bounds it.
 CACHE_BYTES = 80 << 20
 _SHOWN_CHARACTERS = 40
+_SPACE_MARK = "\u2581"
+_BYTE_FALLBACK = re.compile(rb'"byte_fallback":\s*true')
+_TO_SPACE_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
+
+
+class FastModel(NamedTuple):
+    """What the fast engine loads: a `tokenizer.json`, and what to put before each text."""
+
+    json: bytes
+    prefix: bytes = b""
+
+    def save(self, path: Path) -> None:
+        """Write the model where other processes find it.
+
+        Raises:
+            OSError: when the disk is full.
+        """
+        path.write_bytes(self.prefix + b"\0" + self.json)
+
+    @classmethod
+    def load(cls, path: str) -> FastModel:
+        """Return what `save` wrote."""
+        prefix, _, content = Path(path).read_bytes().partition(b"\0")
+        return cls(content, prefix)
+
+
+def cut_at_line_ends(plain_json: bytes) -> FastModel:
+    """Return a model whose words end at line ends too, with the same ids for every text.
+
+    That is possible where no piece of several characters holds a line end: then no merge reaches
+    across one, and what lies between two can be tokenized alone.  The line end becomes an added
+    token with the id that it has anyway.  Before each part gigatoken would put the space mark that
+    belongs before the whole text, so that step leaves the model and a space is put there instead.
+    Other models are returned as they are.
+
+    Args:
+        plain_json: see `Tokenizer.plain_json`.
+    """
+    import orjson
+
+    if not _BYTE_FALLBACK.search(plain_json):  # no need to read 10 MB of another kind
+        return FastModel(plain_json)
+    value = orjson.loads(plain_json)
+    model, steps = value["model"], value.get("normalizer") or {}
+    steps = steps.get("normalizers", [steps])
+    prepended = steps[:1] == [{"type": "Prepend", "prepend": _SPACE_MARK}]
+    vocab = model.get("vocab", {})
+    line_end = vocab.get("\n", vocab.get("<0x0A>"))
+    is_llamas_kind = (
+        model.get("byte_fallback") is True
+        and not value.get("pre_tokenizer")
+        and not value.get("added_tokens")
+        and steps[prepended:] == [_TO_SPACE_MARK]
+    )
+    if not is_llamas_kind or line_end is None or not _stands_alone("\n", "<0x0A>", model):
+        return FastModel(plain_json)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    value["added_tokens"] = [{"id": line_end, "content": "\n", **flags}]
+    value["normalizer"] = _TO_SPACE_MARK
+    return FastModel(orjson.dumps(value), b" " if prepended else b"")
+
+
+def _stands_alone(char: str, byte_piece: str, model: dict[str, Any]) -> bool:
+    if any(char in piece for piece in model["vocab"] if piece != char):
+        return False
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    return not any(char in pair or byte_piece in pair for pair in pairs)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:  # no Linux
+        import psutil
+
+        return psutil.Process().memory_info().rss
 
 
 class FastEngine:
@@ -32,31 +116,30 @@ class FastEngine:
 
     Args:
         model_json: see `Tokenizer.plain_json`.
+        prefix: put before each text; see `FastModel`.
 
     Raises:
-        ValueError: when gigatoken cannot read the model.
+        RuntimeError: when gigatoken cannot read the model.
     """
 
-    def __init__(self, model_json: bytes) -> None:
-        import psutil
-
+    def __init__(self, model_json: bytes, prefix: bytes = b"") -> None:
         self._model_json = model_json
-        self._memory = psutil.Process()
+        self._prefix = prefix
         self._load()
 
     def _load(self) -> None:
         import gigatoken
 
         self._tokenizer: Any = gigatoken.Tokenizer.from_json(self._model_json)
-        self._limit_bytes = self._memory.memory_info().rss + CACHE_BYTES
+        self._limit_bytes = _resident_bytes() + CACHE_BYTES
 
     def encode(self, text: bytes) -> npt.NDArray[np.uint32]:
         """Return the ids of a text in UTF-8, uint32 [tokens]."""
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(self._prefix + text if text else text)
 
     def trim(self) -> None:
         """Forget the words met when they take more than `CACHE_BYTES`; ids do not depend on it."""
-        if self._memory.memory_info().rss > self._limit_bytes:
+        if _resident_bytes() > self._limit_bytes:
             del self._tokenizer  # first, so that the two are never there together
             self._load()
 
@@ -75,35 +158,29 @@ class ReferenceEngine:
         """Nothing grows here."""
 
 
-def reason_against(
-    tokenizer: Tokenizer, model_json: bytes | None, documents: Iterable[str]
-) -> str | None:
-    """Try the fast engine on edge strings and on `documents`; return why not to use it, or None."""
-    if model_json is None:
-        return "gigatoken does not know this kind of tokenizer"
+Engine = FastEngine | ReferenceEngine
+
+
+def probe_texts(tokenizer: Tokenizer, documents: Iterable[str]) -> list[str]:
+    """Return what the fast engine must get right: edge strings, added tokens, `documents`."""
+    added = [t for token in tokenizer.added_tokens for t in (token, f"a{token} {token}b {token}")]
+    return [*EDGE_STRINGS, *added, *documents]
+
+
+def encode_texts(load: Callable[[], Engine], texts: Sequence[str]) -> list[list[int]] | str:
+    """Return the ids that an engine gives each text, or why it cannot be loaded."""
     try:
-        engine = FastEngine(model_json)
-    except (ValueError, NotImplementedError, RuntimeError, KeyError, TypeError) as error:
+        engine = load()
+    except RuntimeError as error:  # all that its Rust side raises
         return f"gigatoken cannot read the model ({error})"
-    different = first_difference(tokenizer, engine, documents)
-    if different is not None:
-        return f"gigatoken gives other ids than the reference for {different[:_SHOWN_CHARACTERS]!r}"
-    return None
+    return [engine.encode(text.encode("utf-8")).tolist() for text in texts]
 
 
-def first_difference(
-    tokenizer: Tokenizer, engine: FastEngine, documents: Iterable[str]
+def reason_against(
+    tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[Sequence[int]]
 ) -> str | None:
-    """Return the first text on which the two disagree, or None."""
-    for text in _probes(tokenizer, documents):
-        if engine.encode(text.encode("utf-8")).tolist() != tokenizer.encode(text):
-            return text
+    """Return why an engine that gave these ids is not to be used, None when all are right."""
+    for text, found in zip(texts, ids, strict=True):
+        if found != tokenizer.encode(text):
+            return f"gigatoken gives other ids than the reference for {text[:_SHOWN_CHARACTERS]!r}"
     return None
-
-
-def _probes(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterable[str]:
-    yield from EDGE_STRINGS
-    for token in tokenizer.added_tokens:
-        yield token
-        yield f"a{token} {token}b {token}"
-    yield from documents

@@ -99,12 +99,7 @@ class IndexedWriter:
             OSError: when the disk is full.
         """
         lengths = np.asarray(lengths_tokens, dtype=np.int32)
-        if int(lengths.sum(dtype=np.int64)) != tokens.size or bool((lengths < 0).any()):
-            raise ValueError(f"lengths add up to {lengths.sum()} tokens, {tokens.size} were given")
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise ValueError(
-                f"token ids span {tokens.min()}..{tokens.max()}, outside [0, {self.vocab_size})"
-            )
+        check_documents(tokens, lengths, self.vocab_size)
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._lengths.frombytes(lengths.tobytes())
         self.tokens += tokens.size
@@ -159,6 +154,20 @@ class IndexedWriter:
                 self.publish()
         finally:
             self.discard()
+
+
+def check_documents(tokens: TokenArray, lengths: TokenArray, vocab_size: int) -> None:
+    """Refuse documents that no shard may hold: ids [sum of lengths], lengths [documents].
+
+    Raises:
+        ValueError: when the lengths do not add up or an id is outside [0, vocab_size).
+    """
+    if int(lengths.sum(dtype=np.int64)) != tokens.size or bool((lengths < 0).any()):
+        raise ValueError(f"lengths add up to {lengths.sum()} tokens, {tokens.size} were given")
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"token ids span {tokens.min()}..{tokens.max()}, outside [0, {vocab_size})"
+        )
 
 
 def write_index(file: HashingFile, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:

@@ -38,6 +38,8 @@ _JOURNAL_FORMAT = 1
 _BAD_LINES_SHOWN = 5
 _MAX_SUBSETS = 256  # each keeps two files open
 _QUARANTINE_NAME = "quarantine.txt"
+# Of `Progress`, what the journal keeps.
+_COUNTS = ("documents", "tokens", "text_bytes", "replaced_surrogates", "skipped_bad_lines")
 
 
 class Job:
@@ -68,7 +70,7 @@ class Job:
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
         )
-        self._versions = [storage.version_of(source.path) for source in sources]
+        self._versions = [source.version or storage.version_of(source.path) for source in sources]
         self._number_of = {source.path: number for number, source in enumerate(sources)}
         self._meter = Meter()
         self._shards: dict[str, ShardWork] = {}
@@ -135,8 +137,7 @@ class Job:
         self.is_resumable = True
         self.is_sealed = last["kind"] == "sealed"
         progress = self.progress
-        counts = ("documents", "tokens", "text_bytes", "replaced_surrogates", "skipped_bad_lines")
-        for name in counts:
+        for name in _COUNTS:
             setattr(progress, name, last["counts"][name])
         progress.resumed_documents = progress.documents
         if self.is_sealed:
@@ -285,8 +286,7 @@ class Job:
         return {name: count for name, count in counts.items() if count}
 
     def _counts(self) -> dict[str, int]:
-        names = ("documents", "tokens", "text_bytes", "replaced_surrogates", "skipped_bad_lines")
-        return {name: getattr(self.progress, name) for name in names}
+        return {name: getattr(self.progress, name) for name in _COUNTS}
 
     def seal(self) -> None:
         """Complete every shard with tokens under its working name.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from litespark.data.indexed import ShardFiles, bin_path, idx_path
+from litespark.data.indexed import ShardFiles
 from litespark.errors import UserError
-from litespark.utils.files import sha256_of_file, write_text_atomically
+from litespark.utils.files import write_text_atomically
 
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1 lacks what has a default below
@@ -128,13 +129,22 @@ _CHECKS: dict[str, tuple[type, ...]] = {
 }
 
 
+@cache
+def _fields_of(kind: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
+    """The type of each field as it is written, and the fields without a default.
+
+    Kept, because a manifest may have a hundred thousand sources.
+    """
+    known = {field.name: str(field.type) for field in fields(kind)}
+    return known, frozenset(field.name for field in fields(kind) if field.default is MISSING)
+
+
 def _record(kind: type[Any], value: object) -> Any:
     """Build the dataclass `kind` from a JSON object with exactly its fields, of their types."""
     if not isinstance(value, dict):
         raise TypeError(f"no object where a {kind.__name__} belongs")
-    known = {field.name: str(field.type) for field in fields(kind)}
-    required = {field.name for field in fields(kind) if field.default is MISSING}
-    wrong = (set(value) - set(known)) | (required - set(value))
+    known, required = _fields_of(kind)
+    wrong = (value.keys() - known.keys()) | (required - value.keys())
     if wrong:
         raise ValueError(f"unknown or missing in {kind.__name__}: {', '.join(sorted(wrong))}")
     for name, annotation in known.items():
@@ -146,35 +156,3 @@ def _record(kind: type[Any], value: object) -> Any:
         if allowed and (not isinstance(item, allowed) or is_bool_for_int):
             raise TypeError(f"{name} is not of type {annotation}")
     return kind(**value)
-
-
-def verify_checksums(prefix: str | os.PathLike[str]) -> Manifest | None:
-    """Compare both files of a shard with the sizes and SHA-256 digests of its manifest.
-
-    Returns:
-        The manifest, or None when there is none and so nothing to compare with.
-
-    Raises:
-        UserError: when a file is missing or its bytes have changed.
-    """
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return None
-    expected = (
-        (bin_path(prefix), manifest.files.bin_bytes, manifest.files.bin_sha256),
-        (idx_path(prefix), manifest.files.idx_bytes, manifest.files.idx_sha256),
-    )
-    for path, size_bytes, digest in expected:
-        try:
-            intact = path.stat().st_size == size_bytes and sha256_of_file(path) == digest
-        except OSError as error:
-            raise UserError(
-                str(path), f"cannot be read ({error.strerror})", "Copy it again."
-            ) from error
-        if not intact:
-            raise UserError(
-                str(path),
-                "its bytes are not those that preprocess wrote",
-                "Copy the file again, or write the shard again.",
-            )
-    return manifest

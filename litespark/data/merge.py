@@ -24,12 +24,11 @@ from litespark.data.index_file import (
     bin_path,
     forget_pages,
     idx_path,
-    open_index,
     pack_header,
     unreadable_shard,
 )
 from litespark.data.indexed import ShardFiles
-from litespark.data.manifest import FORMAT_VERSION, Manifest, read_manifest
+from litespark.data.manifest import FORMAT_VERSION, Manifest
 from litespark.data.output import (
     check_output_name,
     disk_error,
@@ -38,9 +37,9 @@ from litespark.data.output import (
     unusable_output,
 )
 from litespark.data.publish import publish_shard
-from litespark.data.verify import bin_blocks, changed_bytes, check_counts
+from litespark.data.verify import bin_blocks, changed_bytes, check_index_digest, open_shard
 from litespark.errors import UserError
-from litespark.utils.files import HashingFile, sha256_of_file, temporary_name
+from litespark.utils.files import HashingFile, temporary_name
 from litespark.version import __version__
 
 
@@ -135,11 +134,8 @@ def shards_in(folder: str) -> list[str]:
 
 def _open_input(prefix: str) -> _Input:
     try:
-        index, manifest = open_index(prefix), read_manifest(prefix)
-        if manifest is not None:
-            check_counts(prefix, index, manifest)
-            if sha256_of_file(idx_path(prefix)) != manifest.files.idx_sha256:
-                raise changed_bytes(idx_path(prefix))
+        index, manifest = open_shard(prefix)
+        check_index_digest(prefix, manifest)
     except OSError as error:
         raise unreadable_shard(prefix, error) from error
     return _Input(prefix, index, manifest)

@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing import get_context
+from pathlib import Path
 
 from litespark.data import workers
-from litespark.data.documents import numbered_lines, parse_line, parse_text
-from litespark.data.engine import reason_against
+from litespark.data.documents import parsed_lines
+from litespark.data.engine import cut_at_line_ends, probe_texts, reason_against
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest
 from litespark.data.options import PreprocessOptions, Progress
@@ -43,7 +45,10 @@ __all__ = ["PreprocessOptions", "Progress", "preprocess"]
 _BLOCKS_IN_FLIGHT_PER_WORKER = 3
 # What the fast engine must agree with the reference on, besides the edge strings.
 _PROBED_DOCUMENTS = 64
-_PROBED_CHARACTERS = 1 << 13  # of each
+_PROBED_CHARACTERS = 1 << 12  # of each
+_MODEL_NAME = "model"
+
+_InFlight = deque[tuple[LineBlock, Future[workers.TokenizedBlock]]]
 
 
 def preprocess(
@@ -79,7 +84,7 @@ def preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, say)
+            _tokenize(job, tokenizer, work.path, say)
             job.seal()
         manifests = job.publish()
         work.mark_done()
@@ -133,6 +138,7 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             f"{', '.join(sorted(repeated))} is named more than once",
             "Name each key once; each gives one shard.",
         )
+    _check_names(options, tokenizer)
     for wanted, token_id, what, option in (
         (options.append_eod, tokenizer.eos_id, "end-of-text token to append", "--no-append-eod"),
         (options.prepend_bos, tokenizer.bos_id, "begin-of-text token", "--no-prepend-bos"),
@@ -146,34 +152,62 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             )
 
 
-def _tokenize(job: Job, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    """Refuse at the start what the manifest, which is UTF-8, could not hold at the end."""
+    keys = (("--json-key", key) for key in options.json_keys)
+    split = ("--split-by", options.split_by or "")
+    for option, value in (("--tokenizer", tokenizer.path.name), split, *keys):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{option} {value!r}", "is not UTF-8, so the manifest cannot hold it", "Rename it."
+            ) from error
+
+
+def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
     """Run all blocks that are left through the workers."""
     options = job.options
-    model_json = tokenizer.plain_json()
-    pool = _start_pool(options, tokenizer, model_json)
+    model_path = work / _MODEL_NAME
+    pool = _start_pool(options, tokenizer, model_path)
     try:
-        # The workers start while this process tries the engine that they will use.
-        documents = _first_documents(options, job.sources)
-        reason = reason_against(tokenizer, model_json, documents)
+        # The workers start while this process prepares the model.
+        plain_json = tokenizer.plain_json()
+        model = None if plain_json is None else cut_at_line_ends(plain_json)
+        blocks = job.blocks()
+        in_flight: _InFlight = deque()
+        reason: str | None = "gigatoken does not know this kind of tokenizer"
+        if model is not None:
+            model.save(model_path)
+            texts = probe_texts(tokenizer, _first_documents(options, job.sources))
+            tried = pool.submit(workers.try_engine, texts)
+            # Blocks follow at once; what became of them is dropped where the engine is not right.
+            for block in islice(blocks, options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER):
+                in_flight.append((block, pool.submit(workers.tokenize_block, block)))
+            ids = tried.result()
+            reason = ids if isinstance(ids, str) else reason_against(tokenizer, texts, ids)
         if reason is not None:
             say(
                 f"note: {reason}; the reference tokenizer is used, which takes several times longer"
             )
             pool.shutdown(wait=True, cancel_futures=True)
             pool = _start_pool(options, tokenizer, None)
-        in_flight = options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER
-        for block, result in _in_order(pool, job.blocks(), in_flight):
+            blocks = chain([block for block, _ in in_flight], blocks)
+            in_flight = deque()
+        for block, result in _in_order(pool, blocks, in_flight, options.workers):
             job.take(block, result)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_pool(
-    options: PreprocessOptions, tokenizer: Tokenizer, model_json: bytes | None
+    options: PreprocessOptions, tokenizer: Tokenizer, model_path: Path | None
 ) -> ProcessPoolExecutor:
+    # Small, and the model comes by a file: what does not fit in a pipe would be handed to one
+    # process after the other, each when the last has started.
     settings = workers.Settings(
         tokenizer=str(tokenizer.path),
-        model_json=model_json,
+        model_path=None if model_path is None else str(model_path),
         vocab_size=tokenizer.vocab_size,
         json_keys=options.json_keys,
         split_by=options.split_by,
@@ -199,9 +233,7 @@ def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Itera
     left = _PROBED_DOCUMENTS
     for source in sources[:_PROBED_DOCUMENTS]:
         for block in iterate_blocks(source, columns=options.columns):
-            lines = [(1, block.data)] if source.is_text else numbered_lines(block)
-            for _, raw in lines:
-                parsed = parse_text(raw) if source.is_text else parse_line(raw, options.json_keys)
+            for _, parsed in parsed_lines(block, options.json_keys):
                 if isinstance(parsed, str):
                     continue
                 yield from (text[:_PROBED_CHARACTERS] for text in parsed.texts)
@@ -212,14 +244,14 @@ def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Itera
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, blocks: Iterable[LineBlock], max_in_flight: int
+    pool: ProcessPoolExecutor, blocks: Iterable[LineBlock], in_flight: _InFlight, workers_: int
 ) -> Iterator[tuple[LineBlock, workers.TokenizedBlock]]:
-    """Yield each block with its result, in order, never having more than `max_in_flight` out."""
-    in_flight: deque[tuple[LineBlock, Future[workers.TokenizedBlock]]] = deque()
+    """Yield each block with its result, in order; few are out at a time, `in_flight` already."""
     for block in blocks:
         in_flight.append((block, pool.submit(workers.tokenize_block, block)))
-        if len(in_flight) >= max_in_flight:
+        if len(in_flight) >= workers_ * _BLOCKS_IN_FLIGHT_PER_WORKER:
             waiting, future = in_flight.popleft()
             yield waiting, future.result()
-    for waiting, future in in_flight:
+    while in_flight:
+        waiting, future = in_flight.popleft()
         yield waiting, future.result()

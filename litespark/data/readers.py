@@ -40,10 +40,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: `path` to open, and `name`, the path below the input that named it."""
+    """One input file: `path` to open, and `name`, the path below the input that named it.
+
+    `version` is known of what a store has listed: to ask for it again would be a request a file.
+    """
 
     path: str
     name: str
+    version: storage.FileVersion | None = None
 
     @property
     def is_text(self) -> bool:
@@ -102,13 +106,15 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
     Raises:
         UserError: when an input is missing, matches nothing, holds no JSON lines, has another
-            suffix, is no regular file, or when one file is named twice, by whatever path.
+            suffix, is no regular file, has a name that is not UTF-8, or when one file is named
+            twice, by whatever path.
     """
     sources: list[Source] = []
     for given in inputs:
         sources.extend(_sources_of(given))
     seen: dict[str, str] = {}
     for source in sources:
+        _require_utf8_name(source)
         is_local = not storage.is_remote(source.path)
         real_path = os.path.realpath(source.path) if is_local else source.path
         if real_path in seen:
@@ -121,6 +127,18 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             )
         seen[real_path] = source.path
     return sources
+
+
+def _require_utf8_name(source: Source) -> None:
+    """Refuse at the start a name that the manifest, which is UTF-8, could not hold at the end."""
+    try:
+        source.name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--input {os.fsencode(source.path)!r}",
+            "the name is not UTF-8, so the manifest cannot hold it",
+            "Rename the file.",
+        ) from error
 
 
 def _sources_of(given: str) -> list[Source]:
@@ -158,15 +176,15 @@ def _sources_of(given: str) -> list[Source]:
 def _remote_sources(given: str) -> list[Source]:
     """Return the objects in a store that `given` names: one, a folder of them, or a glob."""
     try:
-        files = [file.path for file in storage.list_files(given)]
+        files = storage.list_files(given)
     except OSError as error:
         raise UserError(
             f"--input {given}",
             f"cannot be listed: {error.strerror or error}",
             "Check the name, the credentials and AWS_ENDPOINT_URL.",
         ) from error
-    found = [path for path in files if path.endswith(FOLDER_SUFFIXES)] or [
-        path for path in files if path.endswith(FILE_SUFFIXES)
+    found = [file for file in files if file.path.endswith(FOLDER_SUFFIXES)] or [
+        file for file in files if file.path.endswith(FILE_SUFFIXES)
     ]
     if not found:
         raise UserError(
@@ -174,16 +192,16 @@ def _remote_sources(given: str) -> list[Source]:
             f"there is no {_NAMED_SUFFIXES} or .txt object of that name or below it",
             "Give s3://BUCKET/NAME of an object, a folder of them, or a glob.",
         )
-    for path in found:
-        if path.endswith(".parquet"):
+    for file in found:
+        if file.path.endswith(".parquet"):
             raise UserError(
-                f"--input {path}",
+                f"--input {file.path}",
                 "is a parquet file in a store, which is read out of order",
                 "Copy it to this machine first.",
             )
     # Named from the last part of what was given, as for a local folder.
     parent = given.rstrip("/").rpartition("/")[0] + "/"
-    return [Source(path, path.removeprefix(parent)) for path in found]
+    return [Source(file.path, file.path.removeprefix(parent), file.version) for file in found]
 
 
 def _sources_at(path: Path) -> list[Source]:
@@ -279,7 +297,9 @@ def _blocks_of(source: Source, pieces: Iterator[bytes], block_bytes: int) -> Ite
         pending.append(piece)
         pending_bytes += len(piece)
         if pending_bytes >= block_bytes and b"\n" in piece:
-            data, tail = _cut_after_last_line(b"".join(pending))
+            cut = piece.rfind(b"\n") + 1
+            pending[-1], tail = piece[:cut], piece[cut:]
+            data = b"".join(pending)
             yield LineBlock(source, first_line, data)
             first_line += data.count(b"\n")
             pending, pending_bytes = [tail], len(tail)
@@ -293,11 +313,6 @@ def _blocks_of(source: Source, pieces: Iterator[bytes], block_bytes: int) -> Ite
             )
     if pending_bytes or source.is_text:  # an empty text is a document all the same
         yield LineBlock(source, first_line, b"".join(pending))
-
-
-def _cut_after_last_line(data: bytes) -> tuple[bytes, bytes]:
-    cut = data.rfind(b"\n") + 1
-    return data[:cut], data[cut:]
 
 
 def _decompressed(path: str, meter: Meter) -> Iterator[bytes]:

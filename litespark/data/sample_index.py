@@ -28,7 +28,6 @@ import logging
 import os
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +42,7 @@ from litespark.data.index_file import forget_pages, map_file
 from litespark.data.indexed import DocumentSpan
 from litespark.utils.choice_cache import cache_path
 from litespark.utils.files import atomic_write
+from litespark.utils.locks import lock_file
 
 PATIENCE_SECONDS = 600.0  # who waits longer for another process builds for itself, in memory
 _POLL_SECONDS = 0.02
@@ -209,35 +209,18 @@ def _locked(path: Path) -> Iterator[bool]:
     """
     lock_path = path.with_name(f".{path.name}.lock")
     with open(lock_path, "ab") as file:
-        is_alone = _lock(file.fileno(), path)
+        waiting = "sample index: waiting for another process that builds %s"
+        outcome = lock_file(
+            file, PATIENCE_SECONDS, _POLL_SECONDS, lambda: _LOGGER.info(waiting, path)
+        )
+        if outcome == "busy":
+            raise TimeoutError(f"another process builds {path.name} and does not end")
         try:
-            yield is_alone
+            yield outcome == "held"  # without locks, at worst, two build the same file
         finally:
             # Who waits holds the nameless file next and finds the index written.
             with suppress(OSError):
                 lock_path.unlink()
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    try:
-        import fcntl  # not on every system
-    except ImportError:
-        return False
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    has_waited = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"another process builds {path.name} and does not end") from None
-            if not has_waited:
-                _LOGGER.info("sample index: waiting for another process that builds %s", path)
-            has_waited = True
-            time.sleep(_POLL_SECONDS)
-        except OSError:  # no locks on this file system: at worst, two build the same file
-            return False
 
 
 def _write(path: Path, order: EpochOrder, key: bytes) -> None:

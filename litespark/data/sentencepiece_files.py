@@ -11,7 +11,6 @@ here, because the library shows neither the normalizer nor which pieces are the 
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +22,7 @@ _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
 _TYPE_NORMAL, _TYPE_UNKNOWN, _TYPE_USER_DEFINED, _TYPE_UNUSED, _TYPE_BYTE = 1, 2, 4, 5, 6
 _TRAINER_MODEL_TYPE, _TRAINER_SUFFIX, _TRAINER_BYTE_FALLBACK = 3, 24, 35
 _MODEL_TYPE_BPE = 2
+_FLOAT = struct.Struct("<f")
 _RULES, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
 
 
@@ -32,6 +32,8 @@ def sentencepiece_to_json(content: bytes) -> bytes | None:
     Of Llama's kind: BPE, byte fallback with all 256 byte pieces, text left as it is but for the
     spaces, no pieces of the user's own.
     """
+    import orjson
+
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -73,7 +75,7 @@ def sentencepiece_to_json(content: bytes) -> bytes | None:
             "merges": _merges({text: score for text, score, kind in pieces if kind == 1}),
         },
     }
-    return json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return orjson.dumps(value)
 
 
 def _is_llamas_kind(
@@ -97,20 +99,25 @@ def _is_llamas_kind(
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Return every split of every piece, best score first; `scores` is of the normal pieces."""
+    # Of one piece's splits the longer left side comes first, as converters of Llama's files do;
+    # where all else is equal, the earlier piece, hence the count down from 0.
     found = [
-        (score, place, len(text) - place, text)
-        for text, score in scores.items()
+        (score, place, len(text) - place, -number, text)
+        for number, (text, score) in enumerate(scores.items())
         for place in range(1, len(text))
         if text[:place] in scores and text[place:] in scores
     ]
-    # Of one piece's splits the longer left side comes first, as converters of Llama's files do.
-    found.sort(key=lambda split: split[:3], reverse=True)
-    return [(text[:place], text[place:]) for _, place, _, text in found]
+    found.sort(reverse=True)
+    return [(text[:place], text[place:]) for _, place, _, _, text in found]
 
 
 def _piece(message: bytes) -> tuple[str, float, int]:
+    # Nearly all are a short text and a score, in this order; reading those so halves the time.
+    length = len(message) - 7
+    if length > 0 and message[:2] == bytes((0x0A, length)) and message[length + 2] == 0x15:
+        return message[2:-5].decode("utf-8"), _FLOAT.unpack(message[-4:])[0], _TYPE_NORMAL
     fields = dict(_fields(message))
-    score = struct.unpack("<f", fields[_PIECE_SCORE])[0] if _PIECE_SCORE in fields else 0.0
+    score = _FLOAT.unpack(fields[_PIECE_SCORE])[0] if _PIECE_SCORE in fields else 0.0
     return fields[_PIECE_TEXT].decode("utf-8"), score, fields.get(_PIECE_TYPE, _TYPE_NORMAL)
 
 

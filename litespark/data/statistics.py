@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from litespark.data.index_file import open_index, unreadable_shard
-from litespark.data.manifest import manifest_path, read_manifest
-from litespark.data.verify import check_counts
+from litespark.data.index_file import unreadable_shard
+from litespark.data.manifest import manifest_path
+from litespark.data.verify import open_shard
 from litespark.errors import UserError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -109,10 +109,7 @@ def shard_statistics(prefix: str) -> ShardStatistics:
         UserError: when a file of the shard is missing, cannot be read or is damaged.
     """
     try:
-        index = open_index(prefix)
-        manifest = read_manifest(prefix)
-        if manifest is not None:
-            check_counts(prefix, index, manifest)
+        index, manifest = open_shard(prefix)
     except OSError as error:
         raise unreadable_shard(prefix, error) from error
     if index.documents == 0:

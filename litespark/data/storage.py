@@ -30,19 +30,19 @@ _UPLOAD_PART_BYTES = 64 << 20  # a store takes 10,000 parts, so files of 640 GB
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """An object: its path with the scheme, and its size."""
-
-    path: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class FileVersion:
     """A file's size, and its time of change in ns (local) or its ETag (in a store)."""
 
     size_bytes: int
     change: int | str
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """An object: its path with the scheme, and its version."""
+
+    path: str
+    version: FileVersion
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -97,7 +97,10 @@ def version_of(path: str) -> FileVersion:
         found = os.stat(path)
         return FileVersion(found.st_size, found.st_mtime_ns)
     with _as_os_error(path):
-        entry = _store().info(path)
+        return _version(_store().info(path))
+
+
+def _version(entry: dict[str, Any]) -> FileVersion:
     return FileVersion(int(entry["size"]), str(entry.get("ETag", "")))
 
 
@@ -128,7 +131,7 @@ def list_files(path: str) -> list[RemoteFile]:
         else:
             found = store.find(path.rstrip("/"), detail=True)
     files = [
-        RemoteFile(_SCHEME + name, int(entry["size"]))
+        RemoteFile(_SCHEME + name, _version(entry))
         for name, entry in found.items()
         if entry["type"] == "file" and not name.endswith("/")  # consoles make "folder/" objects
     ]

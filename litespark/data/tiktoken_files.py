@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +96,6 @@ class TiktokenTokenizer:
         first_id = self._ranks.first_id
         return [rank + first_id for rank in self._encoding.encode_ordinary(text)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens give no text."""
         first_id, count = self._ranks.first_id, len(self._ranks.ranks)
@@ -109,9 +104,14 @@ class TiktokenTokenizer:
 
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens."""
-        names = _byte_names()
-        ranks = self._ranks.ranks
-        text_of = {token: "".join([names[byte] for byte in token]) for token in ranks}
+        import orjson
+
+        names = str.maketrans(dict(enumerate(_byte_names())))
+        first_id = self._ranks.first_id
+        ranks = {
+            token.decode("latin-1").translate(names): rank
+            for token, rank in self._ranks.ranks.items()
+        }
         split = {"type": "Split", "pattern": {"Regex": self._ranks.pattern}}
         value = {
             "version": "1.0",
@@ -137,26 +137,28 @@ class TiktokenTokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": True,
-                "vocab": {
-                    text_of[token]: rank + self._ranks.first_id for token, rank in ranks.items()
-                },
-                "merges": [(text_of[left], text_of[right]) for left, right in _merges(ranks)],
+                "vocab": {text: rank + first_id for text, rank in ranks.items()},
+                "merges": _merges(ranks),
             },
         }
-        return json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return orjson.dumps(value)
 
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return every split of every token into two tokens, lowest rank first."""
-    found: list[tuple[bytes, bytes]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:place], token[place:]) for place in range(1, len(token))]
-        known = [split for split in splits if split[0] in ranks and split[1] in ranks]
-        found += sorted(known, key=lambda split: (ranks[split[0]], ranks[split[1]]))
-    return found
+def _merges(ranks: dict[str, int]) -> list[str]:
+    """Return every split "left right" of every token into two tokens, lowest rank first."""
+    merges: list[str] = []
+    for text in sorted(ranks, key=ranks.__getitem__):
+        found = [
+            (ranks[text[:place]], ranks[text[place:]], place)
+            for place in range(1, len(text))
+            if text[:place] in ranks and text[place:] in ranks
+        ]
+        found.sort()
+        merges += [f"{text[:place]} {text[place:]}" for _, _, place in found]
+    return merges
 
 
 def _byte_names() -> list[str]:
@@ -193,7 +195,9 @@ def _read_llama3(content: bytes) -> _Ranks:
 
 
 def _read_tekken(content: bytes) -> _Ranks:
-    value = json.loads(content)
+    import orjson
+
+    value = orjson.loads(content)
     config = value["config"]
     control_count = int(config["default_num_special_tokens"])
     vocab_size = int(config["default_vocab_size"])

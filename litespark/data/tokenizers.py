@@ -60,10 +60,6 @@ class Tokenizer(Protocol):
         """Return the ids of plain text, without BOS or EOS."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text."""
-        ...
-
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
         ...
@@ -192,11 +188,6 @@ class JsonTokenizer:
         """Return the ids of plain text, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text, on as many threads as the library takes."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
         value = json.loads(self._content)
@@ -249,10 +240,6 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without BOS or EOS."""
         return self._processor.EncodeAsIds(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text."""
-        return [self._processor.EncodeAsIds(text) for text in texts]
 
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""

@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litespark.data import storage
-from litespark.data.index_file import bin_path, idx_path, open_index
+from litespark.data.index_file import bin_path, idx_path
 from litespark.data.manifest import Manifest, manifest_path, read_manifest
 from litespark.data.output import disk_error, prepare_folder, refuse_existing
 from litespark.data.publish import publish_shard
-from litespark.data.verify import check_counts
+from litespark.data.verify import open_shard
 from litespark.errors import LitesparkError, UserError
 from litespark.utils.files import HashingFile, temporary_name
 
@@ -82,10 +82,7 @@ def upload_shard(
         UserError: when the shard is damaged, or `remote` exists and is not to be replaced.
         LitesparkError: when the store refuses; what had been sent is removed.
     """
-    manifest = read_manifest(local)
-    index = open_index(local)
-    if manifest is not None:
-        check_counts(local, index, manifest)
+    open_shard(local)  # what is damaged is not sent
     require_free(remote, overwrite)
     paths = {".bin": bin_path(local), ".json": manifest_path(local), ".idx": idx_path(local)}
     begin(sum(path.stat().st_size for path in paths.values() if path.exists()))

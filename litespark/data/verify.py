@@ -51,12 +51,8 @@ def verify_shard(
         UserError: when a file is missing, cannot be read or is damaged, or an id is too large.
     """
     try:
-        index = open_index(prefix)
-        manifest = read_manifest(prefix)
-        if manifest is not None:
-            check_counts(prefix, index, manifest)
-            if sha256_of_file(idx_path(prefix)) != manifest.files.idx_sha256:
-                raise changed_bytes(idx_path(prefix))
+        index, manifest = open_shard(prefix)
+        check_index_digest(prefix, manifest)
         if vocab_size is None and manifest is not None:
             vocab_size = manifest.tokenizer.vocab_size
         digest, problem = hashlib.sha256(), None
@@ -76,6 +72,30 @@ def verify_shard(
             str(bin_path(prefix)), problem, "Write the shard again, with the model's tokenizer."
         )
     return VerifiedShard(index.documents, index.tokens, manifest, vocab_size)
+
+
+def open_shard(prefix: str | os.PathLike[str]) -> tuple[ShardIndex, Manifest | None]:
+    """Open a shard's index and manifest, if it has one, and compare the two; no token is read.
+
+    Raises:
+        UserError: when a file is missing or damaged, or they are not of one shard.
+        OSError: when a file is there but cannot be read.
+    """
+    index, manifest = open_index(prefix), read_manifest(prefix)
+    if manifest is not None:
+        check_counts(prefix, index, manifest)
+    return index, manifest
+
+
+def check_index_digest(prefix: str | os.PathLike[str], manifest: Manifest | None) -> None:
+    """Compare the bytes of `.idx` with the manifest's digest, where there is a manifest.
+
+    Raises:
+        UserError: when they have changed.
+        OSError: when they cannot be read.
+    """
+    if manifest is not None and sha256_of_file(idx_path(prefix)) != manifest.files.idx_sha256:
+        raise changed_bytes(idx_path(prefix))
 
 
 def check_counts(prefix: str | os.PathLike[str], index: ShardIndex, manifest: Manifest) -> None:

@@ -16,7 +16,6 @@ last line of the journal is no commit.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -26,11 +25,20 @@ from typing import IO, Any
 
 import numpy as np
 
-from litespark.data.indexed import ShardFiles, TokenArray, token_type, write_index
+from litespark.data.indexed import (
+    ShardFiles,
+    TokenArray,
+    check_documents,
+    token_type,
+    write_index,
+)
 from litespark.errors import UserError
-from litespark.utils.files import HashingFile, fsync_path, write_text_atomically
-
-_HASH_BLOCK_BYTES = 1 << 20
+from litespark.utils.files import (
+    HashingFile,
+    digest_of_file,
+    fsync_path,
+    write_text_atomically,
+)
 
 
 class WorkFolder:
@@ -240,11 +248,7 @@ class ShardWork:
         self.documents_of: dict[int, int] = {}
         self._bin = AppendedFile(folder / f"{name}.bin", self.tokens * self.dtype.itemsize)
         self._lengths = AppendedFile(folder / f"{name}.lengths", self.documents * 4)
-        self._digest = hashlib.sha256()
-        if self.tokens:
-            with open(self._bin.path, "rb") as file:
-                while block := file.read(_HASH_BLOCK_BYTES):
-                    self._digest.update(block)
+        self._digest = digest_of_file(self._bin.path)  # of a resumed job what is committed
 
     def add(self, source: int, tokens: TokenArray, lengths: TokenArray) -> None:
         """Append documents of input file number `source`: ids [sum of lengths] and each length.
@@ -253,12 +257,7 @@ class ShardWork:
             ValueError: when the lengths do not add up or an id is outside [0, vocab_size).
             OSError: when the disk is full.
         """
-        if int(lengths.sum(dtype=np.int64)) != tokens.size:
-            raise ValueError(f"lengths add up to {lengths.sum()} tokens, {tokens.size} were given")
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise ValueError(
-                f"token ids {tokens.min()}..{tokens.max()}, vocabulary {self.vocab_size}"
-            )
+        check_documents(tokens, lengths, self.vocab_size)
         data = tokens.astype(self.dtype, copy=False).tobytes()
         self._bin.write(data)
         self._digest.update(data)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from litespark.data.documents import ParsedLine, numbered_lines, parse_line, parse_text
-from litespark.data.engine import FastEngine, ReferenceEngine
+from litespark.data.documents import parsed_lines
+from litespark.data.engine import Engine, FastEngine, FastModel, ReferenceEngine, encode_texts
 from litespark.data.indexed import token_type
 from litespark.data.readers import LineBlock
 from litespark.utils.processes import end_with_parent
@@ -25,8 +25,8 @@ class Settings:
     """What a worker needs to know.
 
     Attributes:
-        tokenizer: path of the reference, loaded only when `model_json` is None.
-        model_json: what the fast engine loads.
+        tokenizer: path of the reference, loaded only when `model_path` is None.
+        model_path: file of what the fast engine loads; it need not be there at the start.
         vocab_size: decides the stored type.
         json_keys, split_by: see `litespark.data.documents.parse_line`.
         bos_id, eod_id: begin and end each document that is not empty, unless None.
@@ -34,7 +34,7 @@ class Settings:
     """
 
     tokenizer: str
-    model_json: bytes | None
+    model_path: str | None
     vocab_size: int
     json_keys: tuple[str, ...]
     split_by: str | None
@@ -79,38 +79,54 @@ class _Group:
 
 
 _settings: Settings
-_engine: FastEngine | ReferenceEngine
+_engine: Engine | None = None
 _begin: npt.NDArray[np.integer]
 _end: npt.NDArray[np.integer]
 
 
 def initialize(settings: Settings) -> None:
     """Prepare this process: one thread, deaf to Ctrl-C (the parent hears it), gone with it."""
-    global _settings, _engine, _begin, _end
+    global _settings, _begin, _end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     end_with_parent()
     _settings = settings
-    if settings.model_json is not None:
-        _engine = FastEngine(settings.model_json)
-    else:
-        from litespark.data.tokenizers import load_tokenizer
-
-        _engine = ReferenceEngine(load_tokenizer(settings.tokenizer))
     dtype = token_type(settings.vocab_size)
     _begin = np.array([] if settings.bos_id is None else [settings.bos_id], dtype)
     _end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
+
+    if settings.model_path is not None:
+        import gigatoken  # noqa: F401 - imported while the parent prepares the model
 
 
 def warm_up() -> None:
     """Do nothing; the first task of a process makes it start."""
 
 
+def load_engine() -> Engine:
+    """Return the engine of this process, loaded when it is first wanted."""
+    global _engine
+    if _engine is None:
+        if _settings.model_path is not None:
+            _engine = FastEngine(*FastModel.load(_settings.model_path))
+        else:
+            from litespark.data.tokenizers import load_tokenizer
+
+            _engine = ReferenceEngine(load_tokenizer(_settings.tokenizer))
+    return _engine
+
+
+def try_engine(texts: list[str]) -> list[list[int]] | str:
+    """Return the ids of texts, or why the engine cannot be loaded."""
+    return encode_texts(load_engine, texts)
+
+
 def tokenize_block(block: LineBlock) -> TokenizedBlock:
     """Parse and tokenize the lines of a block, in order."""
+    engine = load_engine()
     groups: dict[tuple[str, str], _Group] = {}
     bad_lines: list[tuple[int, str]] = []
-    for line, parsed in _parsed_lines(block):
+    for line, parsed in parsed_lines(block, _settings.json_keys, _settings.split_by):
         if isinstance(parsed, str):
             bad_lines.append((line, parsed))
             if _settings.stop_at_bad_line:
@@ -121,24 +137,17 @@ def tokenize_block(block: LineBlock) -> TokenizedBlock:
         ):
             group = groups.setdefault((key, parsed.subset), _Group())
             group.replaced_surrogates += replaced
-            _add_document(group, text.encode("utf-8"))
-    _engine.trim()
+            _add_document(group, engine, text.encode("utf-8"))
+    engine.trim()
     return TokenizedBlock(
         tuple(_packed(key, subset, group) for (key, subset), group in groups.items()),
         tuple(bad_lines),
     )
 
 
-def _parsed_lines(block: LineBlock) -> list[tuple[int, ParsedLine | str]]:
-    if block.source.is_text:
-        return [(1, parse_text(block.data))]
-    keys, split_by = _settings.json_keys, _settings.split_by
-    return [(line, parse_line(raw, keys, split_by)) for line, raw in numbered_lines(block)]
-
-
-def _add_document(group: _Group, text: bytes) -> None:
+def _add_document(group: _Group, engine: Engine, text: bytes) -> None:
     group.text_bytes += len(text)
-    ids = _engine.encode(text) if text else _end[:0]
+    ids = engine.encode(text) if text else _end[:0]
     if ids.size == 0:  # as Megatron's tool: an empty document stays empty
         group.lengths.append(0)
         return

@@ -45,7 +45,7 @@ class PrecisionPolicy:
     def __init__(self, precision: PrecisionConfig, num_layers: int) -> None:
         self.precision = precision
         self.num_layers = num_layers
-        self.num_steps = 0  # optimizer steps so far: what is derived from weights is as old as them
+        self.weights_version = 0  # what is derived from weights is as old as they were
         self.moved_layers: set[int] = set()  # in BF16 by the guard's decision
         self.scaling: Scaling | None = None
         if precision.mode == "fp8" and precision.recipe != "blockwise":
@@ -85,13 +85,16 @@ class PrecisionPolicy:
             self.scaling.allocate(device)
 
     def end_step(self, group: ProcessGroup | None) -> None:
-        """After a step's last backward: compute the next scales; weights are about to change.
+        """After a step's last backward: compute the next scales.
 
         `group` holds the ranks that share scales.
         """
-        self.num_steps += 1
         if self.scaling is not None:
             self.scaling.end_step(group)
+
+    def weights_changed(self) -> None:
+        """After the weights were updated or loaded: what is derived from them is computed again."""
+        self.weights_version += 1
 
     def unrecorded(self) -> AbstractContextManager[None]:
         """Within the block nothing that is computed influences later scales; see `Scaling`."""

@@ -67,6 +67,13 @@ class Scaling:
         self.history_tp = torch.zeros(self.history_steps, count, device=device)
         limits = [FP8_MAX[point.dtype] / 2.0**self.margin for point in self.points]
         self._limit_p = torch.tensor(limits, device=device)
+        for point in self.points:
+            point.delayed_spec = self._delayed_spec(point)
+
+    def _delayed_spec(self, point: Point) -> QuantizeSpec:
+        """Views of the point's places, made once: what is in them changes, they do not."""
+        own = slice(point.index, point.index + 1)
+        return QuantizeSpec(point.dtype, self.scale_p[own], self.scale_inv_p[own], self.amax_p[own])
 
     @torch.no_grad()
     def end_step(self, group: ProcessGroup | None) -> None:
@@ -153,17 +160,14 @@ class Point:
         self.dtype = dtype
         self.has_history = False
         self.was_used = False
+        self.delayed_spec: QuantizeSpec | None = None  # from `Scaling.allocate` on
 
     def spec(self) -> QuantizeSpec | None:
         """The scale a kernel may write FP8 with before the tensor is complete, if there is one."""
         if not (self.scaling.delayed and self.has_history):
             return None
-        own = slice(self.index, self.index + 1)
         self.was_used = True
-        scaling = self.scaling
-        return QuantizeSpec(
-            self.dtype, scaling.scale_p[own], scaling.scale_inv_p[own], scaling.amax_p[own]
-        )
+        return self.delayed_spec
 
     def spec_for(self, values: Tensor, amax: Tensor | None = None) -> QuantizeSpec:
         """The delayed scale, or the current one of `values`, whose largest value may be known."""

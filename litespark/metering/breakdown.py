@@ -40,7 +40,7 @@ _MICROSECONDS = 1e6
 _FAMILIES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (family, re.compile(pattern, re.IGNORECASE))
     for family, pattern in (
-        (OPTIMIZER, r"^_partial_sums_kernel"),
+        (OPTIMIZER, r"^_sum_of_squares_kernel"),
         ("cross-entropy", r"^_(statistics|finish)_kernel"),
         ("communication", r"nccl|nvshmem|multimem|userbuffers"),
         ("memory set, copy", r"^mem(set|cpy)\b"),

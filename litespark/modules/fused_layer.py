@@ -46,13 +46,13 @@ class FusedTransformerLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         self.policy = policy
-        self.refreshed_at: int | None = None  # the policy's number of steps
+        self.refreshed_version: int | None = None  # of the weights that FP8 copies are of
         self.use_formats(policy.formats(self.layer_number))
 
     def use_formats(self, formats: LayerFormats) -> None:
         """Compute in these formats from the next micro-batch on."""
         self.self_attention.formats = self.mlp.formats = formats
-        self.refreshed_at = None
+        self.refreshed_version = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """The layer's output [s, b, h] and no context; arguments as of megatron-core's layer."""
@@ -87,10 +87,10 @@ class FusedTransformerLayer(TransformerLayer):
             self.mlp.linear_fc1,
             self.mlp.linear_fc2,
         )
-        if self.refreshed_at != self.policy.num_steps:
+        if self.refreshed_version != self.policy.weights_version:
             self.self_attention.refresh()
             self.mlp.refresh()
-            self.refreshed_at = self.policy.num_steps
+            self.refreshed_version = self.policy.weights_version
 
 
 def _cos_sin(rotary_s11d: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,27 +212,38 @@ def _quantize_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row, column, mask = tile(m, k, BLOCK_M, BLOCK_K)
-    row_64, column_64 = row.to(tl.int64), column.to(tl.int64)
-    offsets = row_64[:, None] * row_stride + column[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    magnitude = _magnitude(x)
+    """One tile, for its rows and for its columns loaded each in the layout that stores it well.
+
+    Turning the fp32 tile around in registers spilled them, at 53 % of the copy bandwidth; the
+    second load, which the L1 cache serves, makes it 78 %.  The hint keeps the compiler from giving
+    a thread 16 elements for its 16-byte stores of FP8: a warp's loads of bf16 would be 32 bytes
+    apart.
+    """
     tiles_k = tl.cdiv(k, BLOCK_K)
+    tile_m, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_64 = row.to(tl.int64)
     if ROWS:
-        amax = tl.max(magnitude, axis=1)
+        column = tile_k * BLOCK_K + tl.max_contiguous(tl.arange(0, BLOCK_K), 8)
+        mask = (row < m)[:, None] & (column < k)[None, :]
+        offsets = row_64[:, None] * row_stride + column[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        amax = tl.max(_magnitude(x), axis=1)
         scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
-        at = (tl.program_id(0) % tiles_k).to(tl.int64) * m + row
-        tl.store(row_scales_ptr + at, scale, mask=row < m)
+        tl.store(row_scales_ptr + tile_k.to(tl.int64) * m + row, scale, mask=row < m)
         stored = to_fp8(x, reciprocal[:, None], LIMIT, rows_ptr.dtype.element_ty)
         tl.store(rows_ptr + row_64[:, None] * k + column[None, :], stored, mask=mask)
     if COLUMNS:
-        amax = tl.max(magnitude, axis=0)
+        column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (column < k)[:, None] & (row < m)[None, :]
+        offsets = row_64[None, :] * row_stride + column[:, None]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        amax = tl.max(_magnitude(x), axis=1)
         scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
-        at = (tl.program_id(0) // tiles_k).to(tl.int64) * k + column
-        tl.store(column_scales_ptr + at, scale, mask=column < k)
-        stored = to_fp8(x, reciprocal[None, :], LIMIT, columns_ptr.dtype.element_ty)
-        transposed = column_64[:, None] * m + row[None, :]
-        tl.store(columns_ptr + transposed, tl.trans(stored), mask=tl.trans(mask))
+        tl.store(column_scales_ptr + tile_m.to(tl.int64) * k + column, scale, mask=column < k)
+        stored = to_fp8(x, reciprocal[:, None], LIMIT, columns_ptr.dtype.element_ty)
+        at = column.to(tl.int64)[:, None] * m + row[None, :]
+        tl.store(columns_ptr + at, stored, mask=mask)
 
 
 @triton.jit

@@ -14,8 +14,7 @@ Everything between a load and a store is fp32.
 
 Bytes per bf16 value: forward reads x and residual and writes the sum, 2 each, and normed, which is
 2, or in FP8 1 for the rows and 1 for the transpose: 8, where separate passes for sum, norm and
-quantisation would move 14.  Backward reads dnormed, summed and dres and writes dsummed, 2 each, and
-1 + 1 for dsummed in FP8.
+quantisation would move 14.  Backward reads dnormed, summed and dres and writes dsummed, 2 each.
 
 Two shapes of program.  Where all outputs lie as the inputs do, a program holds whole rows in
 registers: nothing is read twice.  The transpose needs many rows at once, since each of its own rows
@@ -51,24 +50,20 @@ def _configs(*sizes: tuple[int, int, int, int]) -> tuple[LaunchConfig, ...]:
 
 
 # "forward" and "backward" hold whole rows where block_n >= h and walk over them otherwise;
-# "..._columns" are the launches that also store a transpose.
+# "forward_columns" are the launches that also store a transpose.
 CANDIDATES: dict[str, tuple[LaunchConfig, ...]] = {
     "forward": _configs(
         *((1, 2048, 4, 1), (1, 2048, 2, 1), (1, 2048, 8, 1), (2, 2048, 4, 1)),
         *((2, 2048, 8, 1), (4, 2048, 8, 1), (4, 2048, 16, 1)),
     ),
     "forward_columns": _configs(
-        *((32, 256, 16, 1), (64, 128, 16, 1), (32, 128, 8, 1), (64, 64, 8, 1)),
-        *((64, 64, 8, 3), (64, 128, 16, 3), (128, 64, 16, 1)),
+        *((32, 512, 16, 1), (32, 256, 16, 1), (64, 128, 16, 1), (32, 128, 8, 1)),
+        *((64, 64, 8, 1), (64, 64, 8, 3), (64, 128, 16, 3), (128, 64, 16, 1)),
         (16, 2048, 16, 1),  # the block in registers
     ),
     "backward": _configs(
-        *((1, 2048, 4, 2), (1, 2048, 4, 1), (1, 2048, 4, 3), (1, 2048, 8, 1)),
-        *((1, 2048, 8, 2), (2, 2048, 8, 1), (2, 2048, 4, 1)),
-    ),
-    "backward_columns": _configs(
-        *((64, 64, 8, 1), (32, 256, 16, 1), (32, 128, 8, 1), (32, 128, 16, 1)),
-        *((64, 128, 16, 1), (64, 128, 16, 3)),
+        *((1, 2048, 4, 3), (1, 2048, 4, 2), (1, 2048, 4, 4), (1, 2048, 8, 3)),
+        *((1, 2048, 8, 2), (2, 2048, 8, 2), (2, 2048, 4, 2)),
     ),
     "recompute": _configs((2, 1024, 4, 1), (1, 2048, 4, 1), (4, 1024, 4, 1), (1, 1024, 4, 1)),
 }
@@ -95,12 +90,11 @@ class NormGradients:
     """Gradients of the norm.
 
     `dsummed_mh`, in the sum's dtype, is the gradient of the sum, hence also of x and of residual;
-    `dweight_h` is fp32; `quantized` is dsummed in FP8, both ways, where it was asked for.
+    `dweight_h` is fp32.
     """
 
     dsummed_mh: Tensor
     dweight_h: Tensor
-    quantized: Fp8Matrix | None
 
 
 # ------------------------------------------------------------------------------- references
@@ -134,7 +128,6 @@ def _backward_reference(
     weight_h: Tensor,
     rstd_m: Tensor,
     dsummed_mh: Tensor | None,
-    quantize: QuantizeSpec | None,
 ) -> NormGradients:
     xhat_mh = summed_mh.float() * rstd_m[:, None]
     dy_mh = dnormed_mh.float() * weight_h.float()
@@ -145,7 +138,6 @@ def _backward_reference(
     return NormGradients(
         dsummed_mh=found_mh.to(summed_mh.dtype),
         dweight_h=(dnormed_mh.float() * xhat_mh).sum(0),
-        quantized=_fp8_reference(found_mh, quantize, True) if quantize is not None else None,
     )
 
 
@@ -306,7 +298,7 @@ def _rms_norm_backward_rows_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """Whole rows; as many programs as run at once, so that there are few partial sums."""
+    """Whole rows; few programs, so that there are few partial sums."""
     column = tl.arange(0, BLOCK_N)
     weight = _load(weight_ptr + column, column < h)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -339,13 +331,8 @@ def _rms_norm_backward_blocks_kernel(
     dres_ptr,
     dsummed_ptr,
     partial_ptr,
-    rows_ptr,
-    columns_ptr,
-    scale_ptr,
-    amax_ptr,
     m,
     h,
-    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -364,7 +351,6 @@ def _rms_norm_backward_blocks_kernel(
         tl.store(partial_ptr + column, tl.sum(dnormed * xhat, 0), mask=exists)
         products += dnormed * _load(weight_ptr + column, exists)[None, :] * xhat
     mean = tl.sum(products, 1, keep_dims=True) / h
-    largest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for index in tl.range(tiles, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         column, exists, mask = _tile(row, (tiles - 1 - index) * BLOCK_N, m, h, BLOCK_N)
         offsets = _offsets(row, column, h)
@@ -374,13 +360,6 @@ def _rms_norm_backward_blocks_kernel(
         if dres_ptr is not None:
             dsummed += _load_last(dres_ptr + offsets, mask)
         tl.store(dsummed_ptr + offsets, dsummed.to(dsummed_ptr.dtype.element_ty), mask=mask)
-        if scale_ptr is not None:
-            magnitude = _store(
-                dsummed, rows_ptr, columns_ptr, scale_ptr, row, column, mask, m, h, LIMIT
-            )
-            largest = tl.maximum(largest, magnitude)
-    if amax_ptr is not None:
-        raise_to_largest(amax_ptr, largest)
 
 
 # -------------------------------------------------------------------------------- launchers
@@ -408,15 +387,15 @@ def _options(config: LaunchConfig, **constants: Any) -> dict[str, Any]:
     }
 
 
-def _resident_programs(device: torch.device, config: LaunchConfig) -> int:
-    """How many programs of the row-wise backward run at once; a wrong guess costs only time."""
+def _resident_programs(device: torch.device) -> int:
+    """Programs of the row-wise backward: two an SM.
+
+    Each has the loads of several rows under way, so that two keep the memory busy; more of them
+    leave more partial sums to add up, which costs more than they gain.
+    """
     if device.type != "cuda":
         return 2
-    # A thread needs up to 40 registers and 4 for each of its elements; an SM has 65536.
-    threads = 32 * config.num_warps
-    registers = 40 + 4 * config.block_m * config.block_n // threads
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors * max(1, 65536 // (threads * registers))
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _empty_fp8(like_mh: Tensor, spec: QuantizeSpec, columns: bool) -> Fp8Matrix:
@@ -464,32 +443,20 @@ def _backward_on_gpu(
     weight_h: Tensor,
     rstd_m: Tensor,
     dres_mh: Tensor | None,
-    quantize: QuantizeSpec | None,
     config: LaunchConfig | None,
 ) -> NormGradients:
     m, h = summed_mh.shape
-    if config is None:
-        config = _default("backward" if quantize is None else "backward_columns", h)
-    whole_rows = quantize is None and config.block_n >= h
+    config = config or _default("backward", h)
+    whole_rows = config.block_n >= h
     programs = triton.cdiv(m, config.block_m)
     if whole_rows:
-        programs = min(programs, _resident_programs(summed_mh.device, config))
+        programs = min(programs, _resident_programs(summed_mh.device))
     dsummed_mh = torch.empty_like(summed_mh)
     partial_ph = summed_mh.new_empty((programs, h), dtype=torch.float32)
     tensors = (dnormed_mh, summed_mh, weight_h, rstd_m, dres_mh, dsummed_mh, partial_ph)
-    if quantize is not None:
-        fp8 = _empty_fp8(summed_mh, quantize, columns=True)
-        outputs = (fp8.rows_mk, fp8.columns_km, quantize.scale, quantize.amax)
-        limit = FP8_MAX[quantize.dtype]
-    else:
-        fp8, outputs, limit = None, (None, None, None, None), 0.0
-    if whole_rows:
-        options = _options(config, STAGES=config.num_stages)
-        _rms_norm_backward_rows_kernel[(programs,)](*tensors, m, h, **options)
-    else:
-        options = _options(config, LIMIT=limit, STAGES=config.num_stages)
-        _rms_norm_backward_blocks_kernel[(programs,)](*tensors, *outputs, m, h, **options)
-    return NormGradients(dsummed_mh, partial_ph.sum(0), fp8)
+    kernel = _rms_norm_backward_rows_kernel if whole_rows else _rms_norm_backward_blocks_kernel
+    kernel[(programs,)](*tensors, m, h, **_options(config, STAGES=config.num_stages))
+    return NormGradients(dsummed_mh, partial_ph.sum(0))
 
 
 # --------------------------------------------------------------------------------- public
@@ -553,7 +520,6 @@ def rms_norm_backward(
     rstd_m: Tensor,
     *,
     dsummed_mh: Tensor | None = None,
-    quantize: QuantizeSpec | None = None,
     config: LaunchConfig | None = None,
 ) -> NormGradients:
     """Gradients of `add_rms_norm`; the formulae are at the head of this file.
@@ -564,15 +530,13 @@ def rms_norm_backward(
         weight_h: the norm's weight, [h].
         rstd_m: forward's rstd, fp32 [m].
         dsummed_mh: the gradient that reaches the sum past the norm, [m, h], contiguous.
-        quantize: store the gradient of the sum in FP8 too, both ways, rounded once from fp32.
-        config: a program's rows and columns; whole rows stay in registers where block_n >= h
-            and nothing is stored in FP8.
+        config: a program's rows and columns; whole rows stay in registers where block_n >= h.
 
     Raises:
         LitesparkError: shapes that do not fit or are not contiguous.
     """
     _check(weight_h, rstd_m, dnormed_mh, summed_mh, dsummed_mh)
-    inputs = (dnormed_mh, summed_mh, weight_h, rstd_m, dsummed_mh, quantize)
+    inputs = (dnormed_mh, summed_mh, weight_h, rstd_m, dsummed_mh)
     if runs_kernel(summed_mh):
         return _backward_on_gpu(*inputs, config)
     return _backward_reference(*inputs)

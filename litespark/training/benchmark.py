@@ -18,9 +18,8 @@ import torch
 import litespark
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
-from litespark.data.blend import Blend, check_tokenizer, open_blend
+from litespark.data.blend import Blend
 from litespark.data.loader import Batch
-from litespark.data.sample_index import IndexCache
 from litespark.errors import UserError
 from litespark.metering.breakdown import break_down, record_kernels
 from litespark.metering.energy import EnergyMeter
@@ -28,6 +27,7 @@ from litespark.metering.flops import total_parameters
 from litespark.metering.measurement import Record, Timing, Work, figures, software, time_steps
 from litespark.metering.memory import peak_memory_bytes
 from litespark.parallel.groups import gather_objects, stop_process_group
+from litespark.training.preflight import open_data
 from litespark.training.setup import batch_loader, build_run, on_all_ranks, start_processes
 from litespark.training.state import TrainingRun
 from litespark.training.step import attended_tokens, mean_loss, train_step
@@ -111,22 +111,15 @@ def run_benchmark(config: RunConfig, options: BenchmarkOptions) -> Record:
 def _check(config: RunConfig, world_size: int, reads_data: bool) -> Blend | None:
     """The mistakes a user can make, and the data if any is read."""
     check_config(config, world_size)
-    if not reads_data:
-        if config.data.document_mask:
-            raise UserError(
-                "data.document_mask = true",
-                "has no effect on random tokens, which are no documents",
-                "Name a shard (--data PREFIX), or set data.document_mask=false.",
-            )
-        return None
-    data = config.data
-    entries = [(entry.prefix, entry.weight) for entry in data.blend]
-    check_tokenizer(entries, config.model.vocab_size, None)
-    cache = IndexCache(data.index_cache)
-    samples = open_blend(entries, data.split, "train", data.sequence_length, config.seed, cache)
-    if samples is None:
-        raise UserError("data.split", "leaves nothing for training", "Give a training share.")
-    return samples
+    if reads_data:
+        return open_data(config)[0]
+    if config.data.document_mask:
+        raise UserError(
+            "data.document_mask = true",
+            "has no effect on random tokens, which are no documents",
+            "Name a shard (--data PREFIX), or set data.document_mask=false.",
+        )
+    return None
 
 
 def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:

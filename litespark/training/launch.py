@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from litespark.checkpoint.folder import newest_checkpoint
 from litespark.errors import ExitCode
 
 LAUNCHER_VARIABLE = "LITESPARK_LAUNCHER_PID"
@@ -20,12 +21,36 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 120  # for the last step and the checkpoint, after a signal
 
 
-def launch(num_processes: int, arguments: Sequence[str], events: Path) -> int:
+def launch(
+    num_processes: int, arguments: Sequence[str], run_folder: Path, *, max_restarts: int = 0
+) -> int:
     """Run `python -m litespark ARGUMENTS` in `num_processes` ranks; returns the exit code.
 
-    The first rank that fails decides the code; the others are ended.  A signal is passed on, and
-    the ranks have time to save; `events` is the run's events.jsonl, which says whether they did.
+    The first rank that fails decides the code; the others are ended.  After a fault (a lost rank, a
+    hang; not a mistake of the user's, nor a guard that would end the run again) all are started
+    again, up to `max_restarts` times, and resume from the newest checkpoint.  A signal is passed
+    on, and the ranks have time to save; the run's events.jsonl says whether they did.
     """
+    events = run_folder / "events.jsonl"
+    restarts = 0
+    while True:
+        started = time.time()
+        code, reason = _launch_once(num_processes, arguments, events)
+        hangs = code == ExitCode.ENDED_BY_GUARD and _ended_with("hang", events, started)
+        is_fault = code == ExitCode.FAILED or hangs
+        if reason:
+            sys.stderr.write(f"litespark: error: {reason}\n")
+        if not is_fault or restarts == max_restarts:
+            return code
+        restarts += 1
+        sys.stderr.write(f"litespark: restart {restarts} of {max_restarts}\n")
+        if newest_checkpoint(run_folder / "checkpoints") is not None:
+            # Wherever the first start began, this run has a state of its own by now.
+            arguments = [*arguments, "run.resume=auto"]
+
+
+def _launch_once(num_processes: int, arguments: Sequence[str], events: Path) -> tuple[int, str]:
+    """The exit code, and what to say of it where no rank could."""
     started = time.time()
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE_SECONDS)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
@@ -51,29 +76,35 @@ def launch(num_processes: int, arguments: Sequence[str], events: Path) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "litespark", *arguments)
     except ChildFailedError as error:
+        if _ended_with("hang", events, started):
+            return ExitCode.ENDED_BY_GUARD, ""
         rank, failure = error.get_first_failure()
         if failure.exitcode not in set(ExitCode):
-            sys.stderr.write(
-                f"litespark: error: rank {rank} ended with exit code {failure.exitcode}\n"
-            )
-            return ExitCode.FAILED
-        return failure.exitcode
+            return ExitCode.FAILED, f"rank {rank} {_how_it_ended(failure.exitcode)}"
+        return failure.exitcode, ""
     except SignalException as error:
-        if _stopped_after(events, started):
-            return ExitCode.STOPPED_BY_SIGNAL
+        if _ended_with("stopped", events, started):
+            return ExitCode.STOPPED_BY_SIGNAL, ""
         name = signal.Signals(error.sigval).name
-        sys.stderr.write(f"litespark: error: ended by {name} before a state was saved\n")
-        return 128 + error.sigval
-    return ExitCode.DONE
+        return 128 + error.sigval, f"ended by {name} before a state was saved"
+    return ExitCode.DONE, ""
 
 
-def _stopped_after(events: Path, started: float) -> bool:
-    """Whether the run wrote, since then, that it has saved its state and stopped."""
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    hint = "; the kernel does so when memory runs out, see dmesg" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _ended_with(event: str, events: Path, started: float) -> bool:
+    """Whether the last thing that the run wrote since then is this event."""
     try:
         last = json.loads(events.read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return False
-    return last["event"] == "stopped" and last["time"] >= started
+    return last["event"] == event and last["time"] >= started
 
 
 def end_with_launcher() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from pathlib import Path
 from typing import TextIO
 
 from litespark.errors import UserError
+from litespark.utils.locks import lock_file
 
 PATIENCE_SECONDS = 10.0  # the ranks of a run that was just killed may still be ending
 
@@ -22,29 +22,15 @@ def lock_run_folder(folder: Path) -> TextIO:
         UserError: another process holds it.
     """
     file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
-    try:
-        import fcntl
-    except ImportError:
-        return file
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise UserError(
-                f"run.output_dir = {folder}",
-                f"another run is writing there ({holder or 'it did not say which'})",
-                "Stop that run, or give another folder.",
-            ) from None
-        except OSError:  # no locks on this file system
-            break
+    if lock_file(file, PATIENCE_SECONDS, poll_seconds=0.2) == "busy":
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(
+            f"run.output_dir = {folder}",
+            f"another run is writing there ({holder or 'it did not say which'})",
+            "Stop that run, or give another folder.",
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

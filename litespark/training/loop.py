@@ -15,6 +15,9 @@ class Hook:
     def on_start(self, run: TrainingRun) -> None:
         """Called once before the first step, after the state was loaded."""
 
+    def on_state(self, run: TrainingRun) -> None:
+        """Called after all `on_start`, and again whenever a hook has replaced the run's state."""
+
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Called after each step; `run.step` already counts it."""
 
@@ -23,6 +26,10 @@ class Hook:
 
     def close(self) -> None:
         """Called at last, however the run ends; releases files and threads."""
+
+
+class StateReplaced(Exception):
+    """Raised by a hook's `after_step` that has put the run into another state, at another step."""
 
 
 def train(run: TrainingRun, hooks: Sequence[Hook]) -> None:
@@ -36,9 +43,20 @@ def train(run: TrainingRun, hooks: Sequence[Hook]) -> None:
             at_last.callback(hook.close)  # each is closed, also when closing another fails
         for hook in hooks:
             hook.on_start(run)
+        _tell_state(run, hooks)
         while run.step < run.total_steps:
             outcome = train_step(run)
-            for hook in hooks:
-                hook.after_step(run, outcome)
+            try:
+                for hook in hooks:
+                    run.progress.enter(type(hook).__name__)
+                    hook.after_step(run, outcome)
+            except StateReplaced:  # the hooks after it have no step to look at
+                _tell_state(run, hooks)
         for hook in hooks:
+            run.progress.enter(type(hook).__name__)
             hook.on_end(run)
+
+
+def _tell_state(run: TrainingRun, hooks: Sequence[Hook]) -> None:
+    for hook in hooks:
+        hook.on_state(run)

@@ -45,7 +45,7 @@ from litespark.ops.global_norm import sum_of_squares
 
 def build_optimizer(
     config: RunConfig, chunks: list[DistributedDataParallel], *, fused: bool | None = None
-) -> MegatronOptimizer:
+) -> TrainingOptimizer:
     """megatron-core's optimizer of all chunks; all ranks call it together.
 
     `fused` says whether to use the fused step, which elsewhere than on a GPU computes through its
@@ -74,10 +74,33 @@ def build_optimizer(
     device = next(chunks[0].parameters()).device
     if fused is None:
         fused = device.type == "cuda"
-    if not fused:
-        return optimizer
     assert isinstance(optimizer, ChainedOptimizer), "as all are but that of Megatron-FSDP"
+    if not fused:
+        return TrainingOptimizer(optimizer.chained_optimizers)
     return FusedOptimizer(optimizer.chained_optimizers, device, adam.clip_grad)
+
+
+class TrainingOptimizer(ChainedOptimizer):
+    """megatron-core's optimizers, whose update can be refused once the gradients' norm is known.
+
+    `accepts` is asked with the norm before anything is changed; None: no one is asked.  A refused
+    step leaves weights, masters, moments and the count of steps as they were.
+    """
+
+    def __init__(self, optimizers: list[MegatronOptimizer]) -> None:
+        super().__init__(optimizers)
+        self.accepts: Callable[[float], bool] | None = None
+        self._is_refused = False
+
+    def get_grad_norm(self) -> float:
+        """The norm of all gradients; the first thing of a step that all ranks know."""
+        norm = super().get_grad_norm()
+        self._is_refused = self.accepts is not None and not self.accepts(float(norm))
+        return norm
+
+    def step_with_ready_grads(self) -> bool:
+        """Make the update, or say that it was refused."""
+        return False if self._is_refused else super().step_with_ready_grads()
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -161,7 +184,7 @@ class FusedAdamW(torch.optim.Optimizer):
             group["step"] = step
 
 
-class FusedOptimizer(ChainedOptimizer):
+class FusedOptimizer(TrainingOptimizer):
     """megatron-core's optimizers with the Adam inside each replaced by `FusedAdamW`.
 
     Functions in `after_step` are called at the end of each step, when the update and the gathering
@@ -188,6 +211,10 @@ class FusedOptimizer(ChainedOptimizer):
             return False, None, None
         norm = self._norm_on_device()
         read_norm = _start_reading(norm)
+        # Being asked waits for the norm: some 10 us in which nothing is queued, once a step.
+        self._is_refused = self.accepts is not None and not self.accepts(read_norm())
+        if self._is_refused:
+            return False, read_norm(), None
         for adam in self.adams:
             adam.grad_multiplier = _clipping_factor(norm, self.clip_grad)
         success = self.step_with_ready_grads()

@@ -15,7 +15,7 @@ from litespark.checkpoint.folder import find_checkpoint, newest_checkpoint
 from litespark.checkpoint.run_state import RunState, check_same_model, check_same_optimizer
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
-from litespark.data.blend import Blend, check_tokenizer, open_blend
+from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
 from litespark.data.sample_index import IndexCache
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import MissingExtraError, UserError
@@ -81,26 +81,23 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     """
     data, cache = config.data, IndexCache(config.data.index_cache)
     entries = [(entry.prefix, entry.weight) for entry in data.blend]
-    identity = None
+    identity = path = None
     if data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
-        identity = tokenizer.identity
+        identity, path = tokenizer.identity, str(tokenizer.path)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size = {config.model.vocab_size}",
                 f"is smaller than that of the tokenizer {data.tokenizer}, {tokenizer.vocab_size}",
                 f"Set model.vocab_size={tokenizer.vocab_size} or more.",
             )
-    check_tokenizer(entries, config.model.vocab_size, identity)
-    train = open_blend(entries, data.split, "train", data.sequence_length, config.seed, cache)
+    check_tokenizer(entries, config.model.vocab_size, identity, path)
+    evaluates = config.training.eval_every is not None
+    parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
+    train, *rest = open_blends(entries, data.split, parts, data.sequence_length, config.seed, cache)
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
-    validation = None
-    if config.training.eval_every is not None:
-        validation = open_blend(
-            entries, data.split, "validation", data.sequence_length, config.seed, cache
-        )
-    return train, validation
+    return train, rest[0] if evaluates else None
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -8,12 +8,15 @@ from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
 from litespark.models.layer_specs import slot_table
 from litespark.parallel.groups import stop_process_group
+from litespark.training.hooks.bad_steps import BadSteps
 from litespark.training.hooks.checkpointing import Checkpointing
 from litespark.training.hooks.evaluation import Evaluation
 from litespark.training.hooks.fp8_guard import Fp8Guard
 from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
-from litespark.training.hooks.nan_guard import NanGuard
+from litespark.training.hooks.recheck import Recheck
 from litespark.training.hooks.signals import StopOnSignal
+from litespark.training.hooks.stragglers import Stragglers
+from litespark.training.hooks.watchdog import Watchdog
 from litespark.training.launch import end_with_launcher
 from litespark.training.loop import Hook, train
 from litespark.training.setup import set_up
@@ -53,9 +56,7 @@ def build_hooks(run: TrainingRun) -> list[Hook]:
     if run.config.precision.mode == "fp8":
         hooks.insert(2, Fp8Guard())
     hooks.append(StopOnSignal(checkpointing.save))
-    if run.config.resilience.stop_on_nan:
-        hooks.insert(0, NanGuard())
-    return hooks
+    return [Watchdog(), BadSteps(checkpointing), Recheck(), Stragglers(), *hooks]
 
 
 def _announce(run: TrainingRun) -> None:

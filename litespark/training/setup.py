@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from megatron.core import parallel_state
@@ -23,6 +24,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.load import load_checkpoint
+from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
@@ -225,19 +227,43 @@ def _reads_tokens(config: RunConfig) -> bool:
     return parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
 
 
-def _resume(run: TrainingRun, checked: Preflight) -> None:
-    if checked.checkpoint is None:
-        run.record_event("started", f"{run.layout.describe()}, from initial weights")
-        return
-    checkpoint = checked.checkpoint
+def go_back(run: TrainingRun, checkpoint: Path) -> None:
+    """Put a run that is under way into the state of a checkpoint; all ranks call it together.
+
+    It goes on with the samples that it has not seen yet: those between the checkpoint and now are
+    what it went astray on.
+    """
+    _load(run, checkpoint)
+    if run.train_batches is not None:
+        samples = run.train_batches.samples
+        run.train_batches.close()
+        run.train_batches = batch_loader(run, samples)
+
+
+def _load(run: TrainingRun, checkpoint: Path) -> RunState:
+    """Model, optimizer, step and FP8 scales of a checkpoint.
+
+    Raises:
+        UserError: on every rank alike, if it cannot be read or does not fit.
+    """
     on_all_ranks(lambda: check_readable(checkpoint))
     try:
         state = load_checkpoint(checkpoint, run.chunks, run.optimizer)
     except UserError as error:
         error.on_every_rank = True  # torch's checkpoint reader tells all ranks of a fault of one
         raise
-    run.step, run.consumed_samples = state.step, state.consumed_samples
+    run.step = state.step
     run.policy.load_state(state.fp8_scales)
+    run.policy.weights_changed()
+    return state
+
+
+def _resume(run: TrainingRun, checked: Preflight) -> None:
+    if checked.checkpoint is None:
+        run.record_event("started", f"{run.layout.describe()}, from initial weights")
+        return
+    state = _load(run, checked.checkpoint)
+    run.consumed_samples = state.consumed_samples
     run.policy.moved_layers = set(state.bf16_layers)
     detail = f"{run.layout.describe()}, from {checked.checkpoint.name}"
     run.record_event("resumed", detail)

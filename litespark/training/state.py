@@ -4,22 +4,86 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
 from litespark.data.blend import Blend
-from litespark.data.loader import BatchLoader
+from litespark.data.loader import Batch, BatchLoader
 from litespark.fp8.policy import PrecisionPolicy
 from litespark.objectives.language_modelling import ForwardStep
 from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
+from litespark.training.optimizer import TrainingOptimizer
+
+
+@dataclass
+class Progress:
+    """What this rank is doing; written by the training thread, read by the watchdog's.
+
+    `micro_batch` counts the forward passes of the step from 1; `changes` counts all changes.
+    """
+
+    step: int = 0
+    micro_batch: int = 0
+    phase: str = "starting"
+    changes: int = 0
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """Begin another phase, and with `step` another step."""
+        if step is not None:
+            self.step, self.micro_batch = step, 0
+        self.phase = phase
+        self.changes += 1
+
+    def next_micro_batch(self) -> None:
+        """Begin another forward pass."""
+        self.micro_batch += 1
+        self.changes += 1
+
+
+class ForwardClock:
+    """Time of this rank's own forward passes, in which it waits for tensor parallelism at most.
+
+    On a GPU events are recorded, and read when they have passed: nothing waits for them.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.on_gpu = device_type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """The block is one forward pass."""
+        begin = self._now()
+        yield
+        self.spans.append((begin, self._now()))
+
+    def take_mean_seconds(self) -> float | None:
+        """Mean since the last call, of passes that are over; None if there were none."""
+        spans, self.spans = self.spans, []
+        if not spans:
+            return None
+        if not self.on_gpu:
+            return sum(end - begin for begin, end in spans) / len(spans)
+        spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / len(spans) / 1e3
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @dataclass
@@ -36,12 +100,19 @@ class Timings:
     squared_document_tokens: float = 0.0
 
 
+# Why a step's update must not be made, None if it may: from the gradients' norm and, as in
+# `StepOutcome`, losses and tokens, and the micro-batches.  All ranks are asked and find the same.
+Judge = Callable[[float, Tensor, Sequence[Batch | None]], str | None]
+
+
 @dataclass
 class TrainingRun:
     """A run in progress on this rank.
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
-    count over the whole run, resumed parts included; `folder_lock` is held by the first rank.
+    count over the whole run, resumed parts included; `judges` are asked before each update;
+    `progress` says what this rank is doing, `forward_clock` how long its forward passes take;
+    `folder_lock` is held by the first rank.
     """
 
     config: RunConfig
@@ -49,7 +120,7 @@ class TrainingRun:
     layout: RankLayout
     core_config: TransformerConfig
     chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: TrainingOptimizer
     forward_step: ForwardStep
     train_batches: BatchLoader | None
     validation: Blend | None
@@ -58,6 +129,12 @@ class TrainingRun:
     consumed_samples: int = 0
     folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
+    progress: Progress = field(default_factory=Progress)
+    forward_clock: ForwardClock = field(init=False)
+    judges: list[Judge] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forward_clock = ForwardClock(self.process.device.type)
 
     @property
     def total_steps(self) -> int:
@@ -77,11 +154,15 @@ class TrainingRun:
     def record_event(self, event: str, detail: str) -> None:
         """Append a line to the run's `events.jsonl`; only the first rank writes."""
         if self.process.is_first:
-            line: dict[str, Any] = {
-                "time": time.time(),
-                "step": self.step,
-                "event": event,
-                "detail": detail,
-            }
-            with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.append_event(event, detail)
+
+    def append_event(self, event: str, detail: str) -> None:
+        """The same from whichever rank calls it, when one speaks that need not be the first."""
+        line: dict[str, Any] = {
+            "time": time.time(),
+            "step": self.step,
+            "event": event,
+            "detail": detail,
+        }
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

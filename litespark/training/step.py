@@ -25,29 +25,54 @@ class StepOutcome:
     """What one step left behind.
 
     `loss_and_tokens` is fp64 [2] on the device: sum of the losses and number of tokens that this
-    rank saw, zero on ranks that do not hold the last pipeline stage.
+    rank saw, zero on ranks that do not hold the last pipeline stage.  `refused` is why the update
+    was not made, None when it was; `micro_batches` is what this rank was given.
     """
 
     loss_and_tokens: Tensor
     grad_norm: float
     learning_rate: float
+    refused: str | None
+    micro_batches: Sequence[Batch | None]
 
 
 def train_step(run: TrainingRun) -> StepOutcome:
     """Forward and backward of one global batch, gradient clipping, and the optimizer's update."""
     started = time.perf_counter()
+    run.progress.enter("waiting for data", step=run.step + 1)
     rate = learning_rate(run.step + 1, run.config)
     set_learning_rate(run, rate)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     micro_batches = _next_micro_batches(run, run.train_batches)
-    loss_and_tokens = _run_schedule(run, micro_batches, forward_only=False)
-    _, grad_norm, _ = run.optimizer.step()  # type: ignore[misc] - a triple
+    run.progress.enter("forward and backward")
+    loss_and_tokens = run_schedule(run, micro_batches, forward_only=False)
+    run.progress.enter("optimizer")
+    grad_norm, refused = _update(run, loss_and_tokens, micro_batches)
     run.step += 1
     run.consumed_samples += run.config.batch.global_
     run.timings.steps_seconds += time.perf_counter() - started
-    return StepOutcome(loss_and_tokens, float(grad_norm or 0.0), rate)
+    return StepOutcome(loss_and_tokens, grad_norm, rate, refused, micro_batches)
+
+
+def _update(
+    run: TrainingRun, loss_and_tokens: Tensor, micro_batches: Sequence[Batch | None]
+) -> tuple[float, str | None]:
+    """The optimizer's step unless a judge of the run refuses it; the norm, and why it refused."""
+    refused: str | None = None
+
+    def accepts(norm: float) -> bool:
+        nonlocal refused
+        reasons = (judge(norm, loss_and_tokens, micro_batches) for judge in run.judges)
+        refused = next((reason for reason in reasons if reason is not None), None)
+        return refused is None
+
+    run.optimizer.accepts = accepts if run.judges else None
+    _, grad_norm, _ = run.optimizer.step()
+    if refused is None:
+        run.policy.weights_changed()
+    return float(grad_norm or 0.0), refused
 
 
 @torch.no_grad()
@@ -61,7 +86,7 @@ def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> f
         for chunk in run.chunks:
             chunk.eval()
         for _ in range(num_steps):
-            total += _run_schedule(run, _next_micro_batches(run, batches), forward_only=True)
+            total += run_schedule(run, _next_micro_batches(run, batches), forward_only=True)
         for chunk in run.chunks:
             chunk.train()
     return mean_loss(total)
@@ -140,13 +165,25 @@ def _next_micro_batches(run: TrainingRun, batches: BatchLoader | None) -> Sequen
     return micro_batches
 
 
+def attended_tokens(run: TrainingRun, squared_document_tokens: float, steps: int) -> float:
+    """Mean length of what a token attends within: its document's with document masks, else s.
+
+    `squared_document_tokens` is the sum over all ranks of `steps` steps; the ranks that share a
+    data-parallel replica have counted the same documents.
+    """
+    if not run.config.data.document_mask:
+        return float(run.config.data.sequence_length)
+    counted_times = run.process.world_size / run.layout.data
+    return squared_document_tokens / counted_times / (steps * run.config.tokens_per_step)
+
+
 def _squared_lengths(batch: Batch) -> float:
     return (
         0.0 if batch.cu_seqlens is None else float(batch.cu_seqlens.diff().double().square().sum())
     )
 
 
-def _run_schedule(
+def run_schedule(
     run: TrainingRun, micro_batches: Sequence[Batch | None], *, forward_only: bool
 ) -> Tensor:
     """megatron-core's schedule for these degrees over one global batch; fp64 [2], see StepOutcome.
@@ -159,8 +196,14 @@ def _run_schedule(
     length, rows = run.config.data.sequence_length, run.config.batch.micro
     if run.config.data.document_mask:  # the rows are joined (`language_modelling.py`)
         length, rows = length * rows, 1
+
+    def forward_step(*args: Any) -> Any:
+        run.progress.next_micro_batch()
+        with run.forward_clock.measured():
+            return run.forward_step(*args)
+
     reports: list[dict[str, Any]] = schedule(
-        forward_step_func=run.forward_step,
+        forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=run.chunks if several else run.chunks[0],
         num_microbatches=len(micro_batches),

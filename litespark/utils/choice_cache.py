@@ -19,13 +19,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from litespark.utils.files import write_text_atomically
+from litespark.utils.locks import lock_file
 
 PATIENCE_SECONDS = 5.0  # a write takes milliseconds: a longer holder was stopped, or is gone
 _LOGGER = logging.getLogger(__name__)
@@ -114,19 +114,7 @@ def _lock_beside(path: Path) -> Iterator[None]:
     It is a file of its own because `path` is replaced by each write, and a lock with it.
     """
     with ExitStack() as held:
-        try:
-            import fcntl  # not on every system
-
+        with suppress(OSError):  # writing tells what is wrong with the folder, if anything is
             file = held.enter_context(open(path.with_name(f"{path.name}.lock"), "ab"))
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        break
-                    time.sleep(0.005)
-        except (ImportError, OSError):
-            pass  # writing tells what is wrong with the folder, if anything is
+            lock_file(file, PATIENCE_SECONDS, poll_seconds=0.005)
         yield

@@ -121,8 +121,17 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: when the file cannot be read.
     """
+    return digest_of_file(path).hexdigest()
+
+
+def digest_of_file(path: str | os.PathLike[str]) -> hashlib._Hash:
+    """Return the SHA-256 of a file's bytes as an object that can be fed what follows them.
+
+    Raises:
+        OSError: when the file cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+    return digest

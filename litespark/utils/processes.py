@@ -1,10 +1,11 @@
-"""Processes: how many this machine lets us run at once, and ending together."""
+"""Processes: how many this machine lets us run at once, which run, and ending together."""
 
 from __future__ import annotations
 
 import os
 import threading
 from multiprocessing import parent_process
+from pathlib import Path
 
 
 def available_cores() -> int:
@@ -15,6 +16,21 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that ended and waits to be reaped does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux, or it ended meanwhile
+        return os.name != "posix" or not Path("/proc/self").exists()
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def end_with_parent() -> None:

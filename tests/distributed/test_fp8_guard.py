@@ -79,6 +79,8 @@ def guarded_rank(rank, world_size, config_path, overrides, sick_layer, stop_step
     else:  # as a run that is ended after the checkpoint
         for hook in hooks:
             hook.on_start(run)
+        for hook in hooks:
+            hook.on_state(run)
         while run.step < stop_step:
             outcome = train_step(run)
             for hook in hooks:

@@ -250,3 +250,50 @@ def test_no_clipping():
     from litespark.training.optimizer import _clipping_factor
 
     assert _clipping_factor(torch.ones(1), 0.0) is None
+
+
+def refusing_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str], adam: str
+) -> bool:
+    """Whether the step that a judge refused left all of the optimizer as it was, bit for bit."""
+    from litespark.checkpoint.sharded import bare_model
+    from litespark.training.step import train_step
+
+    run = _set_up(config_path, overrides, adam)
+    seen: list[float] = []
+
+    def state() -> list[torch.Tensor]:
+        moments = [
+            value
+            for each in run.optimizer.chained_optimizers
+            for moment in each.optimizer.state.values()
+            for value in moment.values()
+            if torch.is_tensor(value)
+        ]
+        weights = [weight for chunk in run.chunks for weight in bare_model(chunk).parameters()]
+        counts = [torch.tensor(group.get("step", 0)) for group in run.optimizer.param_groups]
+        return [tensor.detach().clone() for tensor in (*moments, *weights, *counts)]
+
+    def judge(norm: float, losses: torch.Tensor, batches: Any) -> str | None:
+        seen.append(norm)
+        return "for the test" if run.step == 1 else None
+
+    run.judges.append(judge)
+    outcomes, states = [], []
+    for _ in range(3):
+        outcomes.append(train_step(run))
+        states.append(state())
+    if run.train_batches is not None:
+        run.train_batches.close()
+    assert [outcome.refused for outcome in outcomes] == [None, "for the test", None]
+    assert seen == [outcome.grad_norm for outcome in outcomes]
+    assert not all(map(torch.equal, states[1], states[2])), "the next step is made"
+    return all(map(torch.equal, states[0], states[1]))
+
+
+@pytest.mark.parametrize("adam", ["stock", "fused"])
+@pytest.mark.parametrize("layout", ["single, replicated", "DP2", "TP2+SP", "PP2 interleaved"])
+def test_a_refused_step_changes_nothing(layout, adam, config_path):
+    world_size, overrides = LAYOUTS[layout]
+    found = run_distributed(refusing_rank, world_size, config_path, [*overrides, *BF16], adam)
+    assert found == [True] * world_size

@@ -50,7 +50,9 @@ def config(tmp_path_factory) -> Path:
     tree["model"].update(vocab_padding_multiple=128, backend="triton")
     tree["data"]["sequence_length"] = 64
     tree["training"].update(steps=STEPS, save_every=15)
-    tree["optimizer"]["lr"] = 3e-3
+    tree["optimizer"]["lr"] = 1e-3
+    # Without warm-up the first steps are chaotic: a rounding becomes 1 % of the loss at the fifth.
+    tree["schedule"] = {"kind": "constant", "warmup_steps": 10}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -102,13 +104,13 @@ def trained(config, tmp_path_factory) -> Callable[[str], Path]:
 @needs_fp8
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_fp8_learns_as_bf16_does(name, trained):
-    """E4M3 is off by up to 2^-4 of each operand, at random: 2 % of the loss is far above what that
-    does to a run (2e-3 bounds the first 10 steps on a CPU, see test_fused_layouts), and far below
-    what a wrong scale or a stale weight does."""
+    """E4M3 is off by up to 2^-4 of each operand, at random.  On a CPU, with torch's references of
+    the same kernels, no recipe's loss is further off than 1.5e-3 at any step; 1e-2 leaves room for
+    other roundings, and is below what a wrong scale or a stale weight does."""
     found, expected = losses(trained(name)), losses(trained("bf16"))
     assert len(found) == len(expected) == STEPS
     assert found != expected, "nothing was computed in FP8"
-    assert found == pytest.approx(expected, rel=0.02)
+    assert found == pytest.approx(expected, rel=0.01)
     for history in (found, expected):
         assert history[-1] < history[0] - 0.3
 
@@ -123,7 +125,7 @@ def test_a_checkpoint_goes_on_in_the_other_precision(to_fp8, recipe, config, tra
     assert len(found) == STEPS
     assert found[:15] == losses(trained(first))[:15]
     assert found[15:] != losses(trained(first))[15:]
-    assert found == pytest.approx(expected, rel=0.02)
+    assert found == pytest.approx(expected, rel=0.01)
     assert found[-1] < found[0] - 0.3
 
 

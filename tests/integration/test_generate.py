@@ -22,18 +22,6 @@ PROMPT = [5, 99, 3, 17, 42]
 LLAMA3_ROPE = {"factor": 8.0, "original_max_sequence_length": 16}
 
 
-@pytest.fixture
-def make_model():
-    """Builds models of a given shape; the process group lives as long as the test."""
-    with single_process():
-
-        def make(**shape):
-            (model,) = build(RunConfig.model_validate(tiny_values("unused", **shape)))
-            return model.eval()
-
-        yield make
-
-
 def continuation(model, sampling=GREEDY, *, count=32, eos_id=None, prompt=PROMPT):
     return generate(model, prompt, max_new_tokens=count, sampling=sampling, eos_id=eos_id)
 

@@ -9,29 +9,15 @@ import torch
 import yaml
 
 from litespark.cli import generate as command
-from litespark.config.schema import RunConfig
 from litespark.models.generate import Sampling, generate
 from litespark.modules.fused_layer import FusedTransformerLayer
 from litespark.training import single
-from litespark.training.single import single_process
-from tests.integration.tiny import build, tiny_values, write_tokenizer
+from tests.integration.tiny import write_tokenizer
 from tests.support.runs import config_tree, train_and_save_rank, write_shard
 from tests.support.spawn import run_distributed
 
 PROMPT = [5, 99, 3, 17, 42]
 COUNT = 32
-
-
-@pytest.fixture
-def make_model():
-    """Builds models of a given shape; the process group lives as long as the test."""
-    with single_process():
-
-        def make(**shape):
-            (model,) = build(RunConfig.model_validate(tiny_values("unused", **shape)))
-            return model.eval()
-
-        yield make
 
 
 def continuation(model) -> list[int]:

@@ -44,7 +44,7 @@ def test_equals_fp64(shapes, device):
     assert sum_of_squares_reference(tensors, device).item() == pytest.approx(wanted(tensors))
 
 
-@pytest.mark.parametrize("config", CANDIDATES["partial_sums"], ids=str)
+@pytest.mark.parametrize("config", CANDIDATES["sum_of_squares"], ids=str)
 def test_every_configuration(config, device):
     tensors = [torch.randn(70001, device=device)]
     found = sum_of_squares(tensors, device, config=config)

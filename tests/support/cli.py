@@ -23,21 +23,23 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in launcher}
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start `litespark ARGUMENTS`; both outputs are captured."""
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start `litespark ARGUMENTS` with more environment variables; both outputs are captured."""
     return subprocess.Popen(
         [sys.executable, "-m", "litespark", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment() | variables,
         cwd=ROOT,
     )
 
 
-def run(*arguments: str, timeout_seconds: float = 180) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, timeout_seconds: float = 180, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run `litespark ARGUMENTS` to its end."""
-    process = start(*arguments)
+    process = start(*arguments, **variables)
     try:
         out, err = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

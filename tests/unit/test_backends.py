@@ -17,8 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from litespark.config import load_config, validate
-from litespark.config.schema import RunConfig
+from litespark.config import validate
 from litespark.errors import UserError
 from litespark.models.backends import (
     Backend,
@@ -37,30 +36,15 @@ from litespark.modules.fused_mlp import FusedMLP
 from litespark.modules.fused_norm import FusedRMSNorm
 from litespark.modules.norm import RMSNorm
 from tests.support import cli
+from tests.support.configs import loader
 from tests.support.runs import config_tree, write_shard
 
-MINIMAL = """\
-run: {output_dir: out}
-model: {preset: tiny}
-data:
-  blend: [{prefix: shard}]
-  sequence_length: 64
-batch: {global: 8}
-optimizer: {lr: 1e-3}
-training: {steps: 10}
-"""
 FP8 = "precision.mode=fp8"
 
 
 @pytest.fixture
 def load(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL)
-
-    def load(*overrides: str) -> RunConfig:
-        return load_config(path, list(overrides))
-
-    return load
+    return loader(tmp_path)
 
 
 @pytest.fixture

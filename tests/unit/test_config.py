@@ -10,17 +10,7 @@ from litespark.config.presets import PRESETS
 from litespark.config.schema import ModelConfig
 from litespark.errors import UserError
 from litespark.metering.flops import total_parameters
-
-MINIMAL = """\
-run: {output_dir: out}
-model: {preset: tiny}
-data:
-  blend: [{prefix: shard}]
-  sequence_length: 64
-batch: {global: 8}
-optimizer: {lr: 1e-3}
-training: {steps: 10}
-"""
+from tests.support.configs import MINIMAL
 
 
 @pytest.fixture

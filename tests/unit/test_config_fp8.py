@@ -7,12 +7,13 @@ from typing import get_args
 import pytest
 from megatron.core.enums import Fp8Recipe
 
-from litespark.config import load_config, validate
+from litespark.config import validate
 from litespark.config.schema import PrecisionConfig, RunConfig
 from litespark.errors import UserError
 from litespark.fp8.linear import BlockwiseFp8
 from litespark.fp8.policy import PrecisionPolicy
 from tests.support import cli
+from tests.support.configs import loader
 
 # Every size a multiple of 128, which is what the blockwise recipe needs.
 MINIMAL = """\
@@ -51,13 +52,7 @@ NO_VALUES = [
 
 @pytest.fixture
 def load(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL)
-
-    def load(*overrides: str) -> RunConfig:
-        return load_config(path, list(overrides))
-
-    return load
+    return loader(tmp_path, MINIMAL)
 
 
 def problems(config: RunConfig, world_size: int = 1) -> str:

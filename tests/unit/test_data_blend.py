@@ -184,3 +184,10 @@ def test_check_tokenizer(tmp_path):
         check_tokenizer(entries, 512, None)
     with pytest.raises(UserError, match="differs from the run's tokenizer"):
         check_tokenizer([entries[0]], 512, tokenizers[1].identity)
+    path = str(tokenizers[1].path)
+    with pytest.raises(UserError, match="differs from the run's tokenizer") as caught:
+        check_tokenizer([entries[0]], 512, tokenizers[1].identity, path)
+    # The file of the run and that of the shard, the latter as far as its manifest knows it.
+    assert f"{path}, SHA-256 {tokenizers[1].identity[:12]}" in caught.value.problem
+    assert f"tokenizer.json of SHA-256 {tokenizers[0].identity[:12]}" in caught.value.problem
+    assert f"{entries[0][0]}.json" in caught.value.problem

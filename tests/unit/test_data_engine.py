@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 
 from litespark.data import engine as module
 from litespark.data.edge_strings import EDGE_STRINGS
-from litespark.data.engine import FastEngine, ReferenceEngine, reason_against
+from litespark.data.engine import (
+    FastEngine,
+    FastModel,
+    ReferenceEngine,
+    cut_at_line_ends,
+    encode_texts,
+    probe_texts,
+)
+from litespark.data.indexed import IndexedReader
+from litespark.data.options import PreprocessOptions
+from litespark.data.preprocess import preprocess
 from litespark.data.tokenizers import load_tokenizer
-from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece
+from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece, write_jsonl
 
 KINDS = ["sentencepiece", "llama_json", "byte_level", "llama3", "tekken"]
 
@@ -91,7 +101,51 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(tokenizers):
-    return {kind: FastEngine(tokenizer.plain_json()) for kind, tokenizer in tokenizers.items()}
+    """Engines as a job uses them: where the model allows it, cut at line ends."""
+    return {
+        kind: FastEngine(*cut_at_line_ends(tokenizer.plain_json()))
+        for kind, tokenizer in tokenizers.items()
+    }
+
+
+def test_models_of_llamas_kind_are_cut_at_line_ends_and_no_others(tokenizers, tmp_path):
+    plain = tokenizers["sentencepiece"].plain_json()
+    model = cut_at_line_ends(plain)
+    assert model.prefix == b" "
+    value = json.loads(model.json)
+    (added,) = value["added_tokens"]
+    assert (added["content"], added["id"]) == ("\n", value["model"]["vocab"]["<0x0A>"])
+    model.save(tmp_path / "model")
+    assert FastModel.load(str(tmp_path / "model")) == model
+    for kind in ("byte_level", "llama3", "tekken"):
+        other = tokenizers[kind].plain_json()
+        assert cut_at_line_ends(other) == FastModel(other)
+    # A piece that reaches across a line end forbids it.
+    value = json.loads(plain)
+    value["model"]["vocab"]["a\n"] = len(value["model"]["vocab"])
+    across = json.dumps(value).encode()
+    assert cut_at_line_ends(across) == FastModel(across)
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [True, False])
+def test_cut_and_uncut_engines_agree_around_line_ends(tmp_path, add_dummy_prefix):
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path, add_dummy_prefix=add_dummy_prefix))
+    plain = tokenizer.plain_json()
+    assert plain is not None
+    cut = cut_at_line_ends(plain)
+    assert cut.prefix == (b" " if add_dummy_prefix else b"")
+    whole, parted = FastEngine(plain), FastEngine(*cut)
+    for letters in itertools.product(["\n", " ", "\u2581", "the", "\r"], repeat=4):
+        text = "".join(letters)
+        assert fast_ids(parted, text) == fast_ids(whole, text) == tokenizer.encode(text)
+    assert fast_ids(parted, "") == []
+
+
+def reason_against(tokenizer, model, documents):
+    """What a job is told of this model, tried on these documents."""
+    texts = probe_texts(tokenizer, documents)
+    ids = encode_texts(lambda: FastEngine(*model), texts)
+    return ids if isinstance(ids, str) else module.reason_against(tokenizer, texts, ids)
 
 
 def fast_ids(engine, text):
@@ -101,7 +155,7 @@ def fast_ids(engine, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_is_accepted_and_gives_the_ids_of_the_edge_strings(tokenizers, engines, kind):
     tokenizer = tokenizers[kind]
-    assert reason_against(tokenizer, tokenizer.plain_json(), PARAGRAPHS[:64]) is None
+    assert reason_against(tokenizer, FastModel(tokenizer.plain_json()), PARAGRAPHS[:64]) is None
     for text in EDGE_STRINGS:
         assert fast_ids(engines[kind], text) == tokenizer.encode(text), text[:60]
 
@@ -150,18 +204,39 @@ def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeyp
     value = json.loads(plain)
     merges = [merge for merge in value["model"]["merges"] if "".join(merge) != "\u2581the"]
     value["model"]["merges"] = merges
-    wrong = json.dumps(value).encode()
+    wrong = FastModel(json.dumps(value).encode())
     assert reason_against(tokenizer, wrong, []) is None
     reason = reason_against(tokenizer, wrong, ["and the rest"])
     assert reason is not None
     assert "and the rest" in reason
 
 
+def test_job_with_a_wrong_engine_is_redone_by_the_reference(tokenizers, tmp_path, monkeypatch):
+    """Blocks that the wrong engine was given already are dropped, and none is lost."""
+    tokenizer = tokenizers["sentencepiece"]
+    data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS), []
+    value = json.loads(tokenizer.plain_json())
+    value["model"]["merges"] = value["model"]["merges"][:50]
+    wrong = json.dumps(value).encode()
+    monkeypatch.setattr(type(tokenizer), "plain_json", lambda self: wrong)
+    job = PreprocessOptions((str(data),), str(tokenizer.path), str(tmp_path / "out"))
+    preprocess(job, say=said.append)
+    assert "gigatoken gives other ids than the reference" in said[0]
+    reader = IndexedReader(tmp_path / "out_text_document")
+    ids = [reader.read(i).tolist() for i in range(reader.documents)]
+    assert ids == [[*tokenizer.encode(text), tokenizer.eos_id] for text in PARAGRAPHS]
+
+
 def test_models_that_the_engine_cannot_read_are_left_to_the_reference(tmp_path):
     unigram = load_tokenizer(train_sentencepiece(tmp_path, model_type="unigram", vocab_size=500))
     assert unigram.plain_json() is None
-    assert "does not know" in str(reason_against(unigram, None, []))
-    assert "cannot read" in str(reason_against(unigram, b'{"model": {}}', []))
+    data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS[:5]), []
+    job = PreprocessOptions((str(data),), str(unigram.path), str(tmp_path / "out"))
+    preprocess(job, say=said.append)
+    assert "does not know" in said[0]
+    reader = IndexedReader(tmp_path / "out_text_document")
+    assert reader.read(0).tolist() == [*unigram.encode(PARAGRAPHS[0]), unigram.eos_id]
+    assert "cannot read" in str(reason_against(unigram, FastModel(b'{"model": {}}'), []))
     text = PARAGRAPHS[0]
     ids = ReferenceEngine(unigram).encode(text.encode())
     assert ids.tolist() == unigram.encode(text)

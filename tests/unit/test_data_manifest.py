@@ -13,9 +13,9 @@ from litespark.data.manifest import (
     TokenizerRecord,
     manifest_path,
     read_manifest,
-    verify_checksums,
     write_manifest,
 )
+from litespark.data.verify import verify_shard
 from litespark.errors import UserError
 
 
@@ -35,14 +35,14 @@ def shard(tmp_path):
     )
     writer.publish()
     write_manifest(tmp_path / "a", manifest)
-    assert read_manifest(tmp_path / "a") == manifest == verify_checksums(tmp_path / "a")
+    assert read_manifest(tmp_path / "a") == manifest == verify_shard(str(tmp_path / "a")).manifest
     return tmp_path / "a"
 
 
 def test_shard_without_a_manifest_has_nothing_to_verify(shard):
     manifest_path(shard).unlink()
     assert read_manifest(shard) is None
-    assert verify_checksums(shard) is None
+    assert verify_shard(str(shard)).manifest is None
 
 
 def test_flipped_bit_is_told_by_the_manifest(shard):
@@ -50,7 +50,7 @@ def test_flipped_bit_is_told_by_the_manifest(shard):
     content[10] ^= 1
     shard.with_suffix(".bin").write_bytes(content)
     with pytest.raises(UserError, match="not those that preprocess wrote"):
-        verify_checksums(shard)
+        verify_shard(str(shard))
 
 
 @pytest.mark.parametrize(

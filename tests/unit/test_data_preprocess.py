@@ -19,9 +19,10 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from litespark.data import readers
 from litespark.data.indexed import IndexedReader
-from litespark.data.manifest import manifest_path, read_manifest, verify_checksums
+from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.preprocess import PreprocessOptions, preprocess
 from litespark.data.tokenizers import load_tokenizer
+from litespark.data.verify import verify_shard
 from litespark.errors import LitesparkError, UserError
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece, write_jsonl
 
@@ -137,7 +138,7 @@ def test_manifest_tells_what_was_done(tmp_path, json_folder):
         lambda progress: reports.append((progress.documents, progress.tokens)),
     )
     prefix = tmp_path / "out" / "p_text_document"
-    assert read_manifest(prefix) == manifest == verify_checksums(prefix)
+    assert read_manifest(prefix) == manifest == verify_shard(str(prefix)).manifest
     tokenizer = load_tokenizer(json_folder)
     tokens = sum(len(tokenizer.encode(text)) for text in [*TEXTS[:5], "x"])
     assert reports[-1] == (7, tokens)
@@ -192,7 +193,7 @@ def test_bad_lines_are_skipped_counted_and_limited(tmp_path, json_folder):
         preprocess(options(tmp_path, json_folder, data, workers=2, overwrite=True))
     assert caught.value.where == f"{data}:4"
     # The two failures left the first shard as it was.
-    assert verify_checksums(tmp_path / "out" / "p_text_document") == manifest
+    assert verify_shard(str(tmp_path / "out" / "p_text_document")).manifest == manifest
     assert len(outputs(tmp_path)) == 4
     listed = (tmp_path / "out" / "p_quarantine.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == [f"{data}:{n}" for n in (4, 5, 51)]
@@ -213,9 +214,9 @@ def test_existing_output_is_kept_unless_told(tmp_path, json_folder):
     write_jsonl(data, ["two", "three"])
     with pytest.raises(UserError, match="--overwrite"):
         preprocess(options(tmp_path, json_folder, data))
-    assert verify_checksums(tmp_path / "out" / "p_text_document") == first
+    assert verify_shard(str(tmp_path / "out" / "p_text_document")).manifest == first
     preprocess(options(tmp_path, json_folder, data, overwrite=True))
-    second = verify_checksums(tmp_path / "out" / "p_text_document")
+    second = verify_shard(str(tmp_path / "out" / "p_text_document")).manifest
     assert second is not None
     assert second.files.documents == 2
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from litespark.data import job as job_module
+from litespark.data import parquet as parquet_module
 from litespark.data import preprocess as module
 from litespark.data import readers
 from litespark.data.manifest import read_manifest
@@ -94,6 +95,31 @@ def test_resumed_job_ends_with_the_same_bytes(tmp_path, data, tokenizer):
     assert contents(parts) == contents(whole)
     assert len(contents(whole)) == 3 * 3 + 1
     assert "going on after" in said[0]
+
+
+@pytest.mark.usefixtures("commits")
+def test_resumed_parquet_ends_with_the_same_bytes(tmp_path, tokenizer, monkeypatch):
+    """Rows have no lines to count; the place in the input is that of the blocks made of them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet_module, "_ROWS_AT_ONCE", 16)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        texts = [None if i == 40 else PARAGRAPHS[number * 100 + i] for i in range(100)]
+        meta = [{"redpajama_set_name": SETS[i % 3]} for i in range(100)]
+        table = pyarrow.table({"text": texts, "meta": meta})
+        parquet.write_table(table, folder / f"{number}.parquet", row_group_size=30)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    preprocess(options(folder, tokenizer, whole / "p"))
+    for blocks in (3, 6):
+        run_until(options(folder, tokenizer, parts / "p", resume=True), blocks)
+        assert [path.name for path in parts.iterdir()] == ["p.partial"]
+    said = []
+    preprocess(options(folder, tokenizer, parts / "p", resume=True, workers=2), say=said.append)
+    assert "going on after" in said[0]
+    assert contents(parts) == contents(whole)
+    assert contents(whole)["p_quarantine.txt"].count(b"\n") == 2
 
 
 @pytest.mark.usefixtures("commits")

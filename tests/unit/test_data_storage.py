@@ -110,7 +110,10 @@ def test_listing_takes_an_object_a_folder_or_a_glob(store):
     put(store, "train/", b"")  # as a console's "create folder" leaves it
 
     def listed(path):
-        return [(f.path.removeprefix(f"{BUCKET}/"), f.size_bytes) for f in storage.list_files(path)]
+        files = storage.list_files(path)
+        # The listing's versions are those that asking for each file would give.
+        assert [file.version for file in files] == [storage.version_of(f.path) for f in files]
+        return [(f.path.removeprefix(f"{BUCKET}/"), f.version.size_bytes) for f in files]
 
     every = [("train/c.txt", 11), ("train/chunk1/a.jsonl", 20), ("train/chunk2/b.jsonl", 20)]
     assert listed(f"{BUCKET}/train") == listed(f"{BUCKET}/train/") == every

@@ -40,7 +40,6 @@ def test_json_ids_are_the_librarys(json_folder):
     texts = [*PARAGRAPHS[:50], "", " ", "ä\U0001f600\0"]
     expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert tokenizer.encode_batch(texts) == expected
     assert [tokenizer.decode(ids) for ids in expected] == texts
 
 
@@ -52,17 +51,16 @@ def test_sentencepiece_ids_are_the_librarys(model_folder):
     texts = [*PARAGRAPHS[:50], "", " ", "ä\U0001f600"]
     expected = [reference.encode(text) for text in texts]
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert tokenizer.encode_batch(texts) == expected
     assert tokenizer.decode(expected[0]) == texts[0]
 
 
 @pytest.mark.parametrize("kind", ["json", "model"])
 def test_control_token_text_stays_text(kind, json_folder, model_folder):
     tokenizer = load_tokenizer(json_folder if kind == "json" else model_folder)
-    for ids in (tokenizer.encode(CONTROL_TEXT), tokenizer.encode_batch([CONTROL_TEXT])[0]):
-        assert tokenizer.eos_id not in ids
-        assert tokenizer.bos_id not in ids
-        assert tokenizer.decode(ids) == CONTROL_TEXT
+    ids = tokenizer.encode(CONTROL_TEXT)
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.bos_id not in ids
+    assert tokenizer.decode(ids) == CONTROL_TEXT
 
 
 def test_the_library_alone_would_take_control_text_for_a_token(json_folder):
@@ -132,7 +130,7 @@ def test_truncation_and_padding_asked_for_by_the_file_are_off(json_folder, tmp_p
     library.save(str(tmp_path / "tokenizer.json"))
     text = PARAGRAPHS[3]
     assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(json_folder).encode(text)
-    assert load_tokenizer(tmp_path).encode_batch([text, ""])[1] == []
+    assert load_tokenizer(tmp_path).encode("") == []
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -140,7 +140,7 @@ def norm_cases(shapes: Shapes) -> Iterator[Case]:
 
     size = (shapes.m, shapes.model.hidden_size)
     x_mh, residual_mh, gradient_mh = (shapes.draw(*size) for _ in range(3))
-    weight_h, spec, gradient_spec = shapes.draw(size[1]), shapes.spec(), shapes.spec(E5M2)
+    weight_h, spec = shapes.draw(size[1]), shapes.spec()
     norm = add_rms_norm(x_mh, residual_mh, weight_h, 1e-5)
     one = size_of(x_mh)
     yield Case(
@@ -175,15 +175,6 @@ def norm_cases(shapes: Shapes) -> Iterator[Case]:
         4 * one,
         CANDIDATES["backward"],
         lambda config: rms_norm_backward(*saved, dsummed_mh=x_mh, config=config),
-    )
-    yield Case(
-        "rms_norm.backward_columns",
-        "the same, and in fp8 both ways",
-        5 * one,
-        CANDIDATES["backward_columns"],
-        lambda config: rms_norm_backward(
-            *saved, dsummed_mh=x_mh, quantize=gradient_spec, config=config
-        ),
     )
     yield Case(
         "rms_norm.recompute",
@@ -346,10 +337,10 @@ def optimizer_cases(shapes: Shapes) -> Iterator[Case]:
         ),
     )
     yield Case(
-        "global_norm.partial_sums",
+        "global_norm.sum_of_squares",
         "FC1's gradient",
         size_of(grad),
-        global_norm.CANDIDATES["partial_sums"],
+        global_norm.CANDIDATES["sum_of_squares"],
         lambda config: global_norm.sum_of_squares([grad], shapes.device, config=config),
     )
 

@@ -89,8 +89,8 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[float, float]:
                 memory = one.memory_full_info()
                 rss += memory.rss
                 pss += getattr(memory, "pss", memory.rss)
-        except psutil.Error:
-            pass  # a process ended between being listed and being asked
+        except psutil.NoSuchProcess:
+            pass  # one ended between being listed and being asked: this sample is too small
         peak_pss, peak_rss = max(peak_pss, pss), max(peak_rss, rss)
         time.sleep(_SAMPLE_SECONDS)
     return round(peak_pss / 1e6, 1), round(peak_rss / 1e6, 1)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
-from litespark.checkpoint.folder import prune_checkpoints, remove_leftovers, set_aside_later
+from litespark.checkpoint.folder import (
+    newest_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
+    set_aside_later,
+)
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.save import save_checkpoint
 from litespark.config.load import dump_config
@@ -23,7 +29,7 @@ class Checkpointing(Hook):
     def __init__(self) -> None:
         self.saved_step = -1
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_state(self, run: TrainingRun) -> None:
         """Remember what is on disk already, so that it is not written twice; tidy up."""
         self.saved_step = run.step
         if run.process.is_first:
@@ -40,6 +46,10 @@ class Checkpointing(Hook):
     def on_end(self, run: TrainingRun) -> None:
         """Save the final state."""
         self.save(run)
+
+    def newest(self, run: TrainingRun) -> Path | None:
+        """The checkpoint that a restart would begin with; all ranks call it together."""
+        return gather_objects(newest_checkpoint(run.folder / "checkpoints"))[0]
 
     def save(self, run: TrainingRun) -> None:
         """Write a checkpoint of this step, unless there is one; all ranks call it together."""

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -37,18 +37,25 @@ class MetricsWriter:
 
     def __init__(self, run: TrainingRun) -> None:
         self.is_first = run.process.is_first
+        self.file: TextIO | None = None
+        self.tensorboard: TensorBoardSink | None = None
+        self.wandb: WandbSink | None = None
         if not self.is_first:
             return
+        self.console = Console(run)
+        if run.config.logging.wandb_project is not None:
+            self.wandb = WandbSink(run.config.logging.wandb_project, run.config, run.folder)
+
+    def begin(self, run: TrainingRun) -> None:
+        """Open the files, behind the run's step; what they say of later steps is dropped."""
+        if not self.is_first:
+            return
+        self._close_files()
         path = run.folder / "metrics.jsonl"
         drop_lines_after(path, run.step)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        logging = run.config.logging
-        self.console = Console(run)
-        self.sinks: list[TensorBoardSink | WandbSink] = []
-        if logging.tensorboard:
-            self.sinks.append(TensorBoardSink(run.folder / "tensorboard", purge_step=run.step + 1))
-        if logging.wandb_project is not None:
-            self.sinks.append(WandbSink(logging.wandb_project, run.config, run.folder))
+        if run.config.logging.tensorboard:
+            self.tensorboard = TensorBoardSink(run.folder / "tensorboard", purge_step=run.step + 1)
 
     def write_step(self, record: Record) -> None:
         """Write the measurements of a logged step."""
@@ -67,12 +74,18 @@ class MetricsWriter:
         """Flush and close all sinks."""
         if self.is_first:
             self.console.close()
-            self.file.close()
-            for sink in self.sinks:
-                sink.close()
+            self._close_files()
+            if self.wandb is not None:
+                self.wandb.close()
+
+    def _close_files(self) -> None:
+        for file in (self.file, self.tensorboard):
+            if file is not None:
+                file.close()
+        self.file = self.tensorboard = None
 
     def _write(self, record: Record) -> None:
-        if not self.is_first:
+        if self.file is None:
             return
         # NaN and Infinity are no JSON; a value that is not finite was not measured.
         finite = {
@@ -81,8 +94,9 @@ class MetricsWriter:
         }
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
-        for sink in self.sinks:
-            sink.write(finite)
+        for sink in (self.tensorboard, self.wandb):
+            if sink is not None:
+                sink.write(finite)
 
 
 class StepMetrics(Hook):
@@ -97,13 +111,17 @@ class StepMetrics(Hook):
         self.energy = EnergyMeter()
 
     def on_start(self, run: TrainingRun) -> None:
-        """Start the counters."""
-        self.logged_step = run.step
-        self.joules = self.energy.read_joules()
-        self.read_at_seconds = time.perf_counter()
+        """Learn what the rates are held against."""
         model, length = run.config.model, run.config.data.sequence_length
         self.flops_full = flops_per_token(model, length, causal=False)
         self.peak = peak_for_device(run.process.device.name)
+
+    def on_state(self, run: TrainingRun) -> None:
+        """Start the counters."""
+        self.writer.begin(run)
+        self.logged_step = run.step
+        self.joules = self.energy.read_joules()
+        self.read_at_seconds = time.perf_counter()
         run.timings = Timings()
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:

@@ -23,14 +23,9 @@ from litespark.ops.cublaslt_product import Product
 from litespark.ops.formats import E4M3
 from litespark.utils import choice_cache
 from litespark.utils.choice_cache import ChoiceCache
-from tests.unit.test_cublaslt_binding import FakeCuda, FakeLibrary, integers
+from tests.unit.cublaslt.fake import FakeCuda, FakeLibrary, integers
 
 KEY = "H100 | TN m 4 n 6 k 8, bfloat16 x bfloat16 -> float32, strides a 8 b 8 out 6, alignment 16"
-
-
-@pytest.fixture(autouse=True)
-def small_workspace(monkeypatch):
-    monkeypatch.setattr(cublaslt, "WORKSPACE_BYTES", 4096)
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""Plants a fault into the ranks of a `litespark train` that has this folder in its PYTHONPATH.
+
+Python imports a module of this name at its start.  FAULT says what happens to the rank FAULT_RANK
+at its FAULT_PASS-th forward pass, and FAULT_ONCE a file that exists once it has happened.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def break_down(fault: str) -> None:
+    """What goes wrong."""
+    if fault == "sleep":
+        time.sleep(600)
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "raise":
+        raise RuntimeError("the dog ate the gradients")
+
+
+def plant() -> None:
+    """Put the fault into the forward step."""
+    from litespark.training import setup
+
+    original, once = setup.language_modelling_step, Path(os.environ["FAULT_ONCE"])
+    passes = 0
+
+    def faulty(device):
+        clean = original(device)
+
+        def forward_step(batches, model):
+            nonlocal passes
+            passes += 1
+            if passes == int(os.environ["FAULT_PASS"]) and not once.exists():
+                once.touch()
+                break_down(os.environ["FAULT"])
+            return clean(batches, model)
+
+        return forward_step
+
+    setup.language_modelling_step = faulty
+
+
+# A launcher has no rank; FAULT_ALONE says that this process is none.
+if os.environ.get("RANK", os.environ.get("FAULT_ALONE")) == os.environ.get("FAULT_RANK", "none"):
+    plant()

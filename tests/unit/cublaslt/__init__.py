@@ -1,0 +1,1 @@
+"""The binding of cuBLASLt without a GPU."""
