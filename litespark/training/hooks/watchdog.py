@@ -241,7 +241,7 @@ def behind(signs: dict[int, Sign], world_size: int) -> list[int]:
         return silent
     least = min(sign.changes for sign in signs.values())
     last = [rank for rank, sign in signs.items() if sign.changes == least]
-    if len(last) < world_size:
+    if len(last) < world_size or world_size == 1:
         return last
     busy = [rank for rank, sign in signs.items() if not _communicates(sign)]
     return busy if len(busy) < world_size else []
