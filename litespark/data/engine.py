@@ -173,6 +173,8 @@ def encode_texts(load: Callable[[], Engine], texts: Sequence[str]) -> list[list[
         engine = load()
     except RuntimeError as error:  # all that its Rust side raises
         return f"gigatoken cannot read the model ({error})"
+    except ImportError as error:  # no binary for this platform, say
+        return f"gigatoken cannot be imported ({error})"
     return [engine.encode(text.encode("utf-8")).tolist() for text in texts]
 
 

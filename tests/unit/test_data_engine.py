@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -281,3 +282,9 @@ class TestTiktokenFiles:
         assert min(ids) >= 100
         assert max(ids) < 3000
         assert tokenizer.decode([1, *ids, 2]) == "some of it"
+
+
+def test_without_gigatoken_the_reference_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    reason = encode_texts(lambda: FastEngine(b"{}"), ["text"])
+    assert "gigatoken cannot be imported" in str(reason)
