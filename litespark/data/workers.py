@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,7 +97,8 @@ def initialize(settings: Settings) -> None:
     _end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
 
     if settings.model_path is not None:
-        import gigatoken  # noqa: F401 - imported while the parent prepares the model
+        with suppress(ImportError):  # told when the engine is tried
+            import gigatoken  # noqa: F401 - imported while the parent prepares the model
 
 
 def warm_up() -> None:

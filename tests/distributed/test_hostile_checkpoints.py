@@ -132,3 +132,30 @@ def test_globals_outside_the_list_are_refused(hostile):
 def test_the_error_survives_the_way_between_ranks():
     error = pickle.loads(pickle.dumps(UnsafeCheckpointError("a", "b")))  # noqa: S301
     assert str(error) == str(UnsafeCheckpointError("a", "b"))
+
+
+class ByGetattr:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the member of an enum: getattr(kind, name)."""
+
+    def __init__(self, kind, name):
+        self.arguments = (kind, name)
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_members_of_enums_are_read_however_they_were_written():
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    for value in (WriteItemType.TENSOR, ByGetattr(WriteItemType, "TENSOR")):
+        assert load_metadata(io.BytesIO(pickle.dumps(value))) is WriteItemType.TENSOR
+
+
+@pytest.mark.parametrize("name", ["__init__", "__class__", "mro", "NONE"])
+def test_getattr_gives_nothing_but_members(name):
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    for kind in (Metadata, WriteItemType):
+        with pytest.raises(UnsafeCheckpointError, match=name):
+            load_metadata(io.BytesIO(pickle.dumps(ByGetattr(kind, name))))
