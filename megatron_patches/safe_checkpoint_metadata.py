@@ -113,7 +113,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def _enum_member(self, kind: object, name: object) -> enum.Enum:
         """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of an enum."""
         if isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__:
-            return kind.__members__[name]
+            member: Any = kind.__members__[name]
+            return member
         raise UnsafeCheckpointError(
             self._file_name, f"asks for {name!r} of {kind!r}, which is no member of an enum"
         )
