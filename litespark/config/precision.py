@@ -43,17 +43,18 @@ class PrecisionConfig(Section):
     bf16_last_layers: int = Field(
         default=0, ge=0, description="So many layers at the top stay in BF16."
     )
-    fc1_output: Literal["bf16", "fp8_kept", "fp8"] = Field(
-        default="fp8_kept",
+    fc1_output: Literal["bf16", "fp8_kept", "fp8"] | None = Field(
+        default=None,
         description="The MLP's widest tensor: in BF16; in BF16, of which an FP8 copy waits for "
         "backward (half of the activations' memory); or written in FP8 by the product and read "
-        "so by both directions (fastest; delayed recipe only). Blockwise and model.backend=te "
-        "keep it in BF16.",
+        "so by both directions (fastest; delayed recipe only). null: fp8 under delayed, else "
+        "fp8_kept. Blockwise and model.backend=te keep it in BF16.",
     )
-    fast_accumulation: Literal["forward", "all"] = Field(
-        default="forward",
+    fast_accumulation: Literal["forward", "all"] | None = Field(
+        default=None,
         description="Which FP8 products leave partial sums in the tensor cores' short "
-        "accumulators: only forward's, or the gradients' too (faster, less exact). Blockwise and "
+        "accumulators: only forward's, or the gradients' too (faster, less exact). null: all "
+        "under delayed, where its learning was measured, else forward. Blockwise and "
         "model.backend=te have their own way.",
     )
     guard_every: int | None = Field(

@@ -194,11 +194,12 @@ def _check_fp8_options(config: RunConfig) -> Iterator[UserError]:
     )
     for name, has_effect in options:
         value, default = getattr(precision, name), PrecisionConfig.model_fields[name].default
+        default_text = "null" if default is None else default
         if value != default and not has_effect:
             yield UserError(
                 f"precision.{name} = {value}",
                 f"has no effect with {where}",
-                f"Set precision.{name}={default}, or another recipe or backend.",
+                f"Set precision.{name}={default_text}, or another recipe or backend.",
             )
 
 

@@ -68,16 +68,18 @@ class PrecisionPolicy:
         if self.scaling is None:
             return LayerFormats(BlockwiseFp8(), BlockwiseFp8(), BlockwiseFp8(), BlockwiseFp8())
         scaling, name = self.scaling, f"layers.{layer_number - 1}"
-        fast = self.precision.fast_accumulation == "all"
+        # Unset: the fastest whose learning was measured (tools/benchmarks/equal_learning.py).
+        is_delayed = self.precision.recipe == "delayed"
+        fast = (self.precision.fast_accumulation or ("all" if is_delayed else "forward")) == "all"
+        kept_as = self.precision.fc1_output or ("fp8" if is_delayed else "fp8_kept")
         qkv, proj, fc1, fc2 = (
             ScaledFp8(scaling, f"{name}.{linear}", fast_gradients=fast)
             for linear in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
         )
         fc1_output = None
-        if self.precision.fc1_output != "bf16":
+        if kept_as != "bf16":
             fc1_output = scaling.point(f"{name}.linear_fc1.output", E4M3)
-        writes_fp8 = self.precision.fc1_output == "fp8"
-        return LayerFormats(qkv, proj, fc1, fc2, fc1_output, writes_fp8)
+        return LayerFormats(qkv, proj, fc1, fc2, fc1_output, fc1_writes_fp8=kept_as == "fp8")
 
     def allocate(self, device: torch.device) -> None:
         """Make the tensors of the scales, once every layer has its formats."""

@@ -30,7 +30,9 @@ FP8 = "precision.mode=fp8"
 RUNS = {
     "bf16": ["precision.mode=bf16"],
     "delayed": [FP8, "precision.recipe=delayed"],
-    "delayed, fastest": [FP8, "precision.fc1_output=fp8", "precision.fast_accumulation=all"],
+    "delayed, careful": [
+        *(FP8, "precision.fc1_output=fp8_kept", "precision.fast_accumulation=forward"),
+    ],
     "delayed, margin, BF16 ends": [
         *(FP8, "precision.margin=1"),
         *("precision.bf16_first_layers=1", "precision.bf16_last_layers=1"),

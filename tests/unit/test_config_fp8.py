@@ -10,7 +10,7 @@ from megatron.core.enums import Fp8Recipe
 from litespark.config import validate
 from litespark.config.schema import PrecisionConfig, RunConfig
 from litespark.errors import UserError
-from litespark.fp8.linear import BlockwiseFp8
+from litespark.fp8.linear import BlockwiseFp8, ScaledFp8
 from litespark.fp8.policy import PrecisionPolicy
 from tests.support import cli
 from tests.support.configs import loader
@@ -173,6 +173,19 @@ def test_fc1_output_may_be_bf16_everywhere(recipe, backend, load):
     """Also where it is so anyway."""
     overrides = [f"precision.recipe={recipe}", f"model.backend={backend}"]
     assert problems(load("precision.fc1_output=bf16", *overrides)) == ""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "writes_fp8", "fast_gradients"),
+    [("delayed", True, True), ("tensorwise", False, False)],
+)
+def test_unset_options_are_the_fastest_measured(recipe, writes_fp8, fast_gradients, load):
+    precision = load(f"precision.recipe={recipe}").precision
+    formats = PrecisionPolicy(precision, num_layers=2).formats(1)
+    assert formats.fc1_output is not None
+    assert formats.fc1_writes_fp8 == writes_fp8
+    assert isinstance(formats.fc2, ScaledFp8)
+    assert formats.fc2._fast_gradients == fast_gradients
 
 
 def test_all_mistakes_are_reported_at_once(load):
