@@ -126,7 +126,7 @@ class Watchdog(Hook):
 
     def _look(self) -> None:
         progress = self.run.progress
-        if progress.changes != self.seen_changes:
+        if progress.is_suspended or progress.changes != self.seen_changes:
             self.seen_changes, self.since = progress.changes, time.monotonic()
         self.board.write(_key("sign", self.rank), asdict(self._sign(with_stack=False)))
         failed = self.board.read(_FAILED)
