@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -71,11 +72,16 @@ class ChecksumFile:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by `__exit__`
         self._digest = xxhash.xxh3_128()
         self._size_bytes = 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Append bytes or any buffer; returns how many bytes that were."""
         size_bytes = memoryview(data).nbytes
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
         self._digest.update(data)
         self._size_bytes += size_bytes
         return size_bytes
@@ -98,7 +104,10 @@ class ChecksumFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with suppress(OSError if self._error else ()):
+            self._file.close()
+        if self._error is not None:  # torch.save makes a RuntimeError of it that says nothing
+            raise self._error from None
 
 
 def write_file(path: Path, content: bytes) -> FileRecord:

@@ -120,8 +120,10 @@ def test_a_slow_disk_is_no_hang(asynchronous, train, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_freezes_in_a_save_is_a_hang(train, monkeypatch):
+    """The other waits for its disk, which is no hang, but hears nothing of it any more."""
     monkeypatch.setenv("FAULT_PLACE", "save")
-    ended, folder = train("--nproc", "2", "resilience.hang_seconds=8", fault="stop")
+    options = ["--nproc", "2", "resilience.hang_seconds=8", "checkpoint.asynchronous=false"]
+    ended, folder = train(*options, fault="stop")
     assert ended.returncode == 4, ended.stderr
     assert "did not arrive: rank 1 on" in ended.stderr.strip().splitlines()[-1]
     assert not list((folder / "checkpoints").glob("step_*")), "no rank alone can name it"

@@ -131,11 +131,12 @@ class _Report:
         if not run.process.is_first:
             return
         if outcome.checkpoint is None:
-            logger.error(
-                "the state of step %d could not be saved (%s); training goes on, older "
-                "checkpoints stay, the next save tries again",
-                *(outcome.step, outcome.problem),
-            )
+            if outcome.step < run.total_steps:  # else the run ends, and with this problem
+                logger.error(
+                    "the state of step %d could not be saved (%s); training goes on, older "
+                    "checkpoints stay, the next save tries again",
+                    *(outcome.step, outcome.problem),
+                )
             run.record_event("checkpoint_failed", outcome.problem, outcome.step)
             return
         waited = self.waited_seconds
