@@ -104,10 +104,12 @@ class ChecksumFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError if self._error else ()):
+        if self._error is None:
             self._file.close()
-        if self._error is not None:  # torch.save makes a RuntimeError of it that says nothing
-            raise self._error from None
+            return
+        with suppress(OSError):
+            self._file.close()
+        raise self._error from None  # torch.save makes a RuntimeError of it that says nothing
 
 
 def write_file(path: Path, content: bytes) -> FileRecord:
