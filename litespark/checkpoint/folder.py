@@ -6,12 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
+from litespark.checkpoint.integrity import MARKER
 from litespark.checkpoint.run_state import FILE_NAME
 from litespark.errors import UserError
 from litespark.utils.files import write_text_atomically
 
 LATEST = "latest"
 STATE = "state"
+RANDOM = "random"
 CONFIG = "config.yaml"
 _REPLACED = ".replaced"
 _NAME = re.compile(r"step_(\d{9,})")
@@ -22,6 +24,16 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:09d}"
 
 
+def random_states_file(rank: int) -> str:
+    """Path in a checkpoint of the states of one rank's random generators."""
+    return f"{RANDOM}/rank_{rank:06d}.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints in order of their steps.
 
@@ -30,22 +42,34 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the last step's if a crash came before it was moved.
+    """The first of `newest_first`."""
+    return next(iter(newest_first(checkpoints)), None)
 
-    The two differ after a roll-back to an earlier step.
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints in the order in which a run would resume from them.
+
+    First the one that `latest` names, whose steps may not be the most: people roll back by
+    editing it.  But when `latest` is older than the last step's checkpoint, a crash came before
+    it was moved, or the disk was full, and the last step's is the first.
     """
-    complete = complete_checkpoints(checkpoints)
+    complete = complete_checkpoints(checkpoints)[::-1]
+    latest = checkpoints / LATEST
     try:
-        named = checkpoints / (checkpoints / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        named = None
-    if named in complete:
-        return named
-    return complete[-1] if complete else None
+        named = checkpoints / latest.read_text(encoding="utf-8").strip()
+        if named in complete and not _is_older(latest, complete[0] / MARKER):
+            return complete[complete.index(named) :]
+    except (OSError, ValueError):
+        pass
+    return complete
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    return other.exists() and path.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 def publish_checkpoint(temporary: Path, checkpoints: Path, step: int) -> Path:
@@ -84,16 +108,18 @@ def set_aside_later(checkpoints: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in complete_checkpoints(checkpoints):
-        if int(path.name.removeprefix("step_")) > step:
+        if step_of(path) > step:
             aside = path.with_name(f"rolled_back_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(path.rename(aside))
     return moved
 
 
-def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints."""
+def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and each `keep_every`th step's."""
     for path in complete_checkpoints(checkpoints)[:-keep_last]:
+        if keep_every is not None and step_of(path) % keep_every == 0:
+            continue
         # The name goes first: a deletion that is cut short must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.deleting")
         path.rename(doomed)

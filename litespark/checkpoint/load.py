@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from litespark.checkpoint.folder import STATE
+from litespark.checkpoint.folder import STATE, random_states_file
+from litespark.checkpoint.optimizer_state import MASTER, optimizer_key, set_optimizer_step
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.sharded import (
     bare_model,
     check_readable,
     load_sharded,
     model_state,
+    requested_keys,
     run_tensors,
+    stored_keys,
 )
+from litespark.errors import UserError
+from litespark.parallel.groups import gather_objects
+from litespark.parallel.layout import RankLayout
+from litespark.parallel.rng import seed_anew, set_random_states
 
 
 def load_checkpoint(
@@ -26,15 +36,40 @@ def load_checkpoint(
     """Load model and optimizer; all ranks call it together.
 
     The fp32 masters come from the checkpoint: copying the model's bf16 weights over them, as is
-    right when weights are loaded alone, would lose their lower bits.
+    right when weights are loaded alone, would lose their lower bits.  The optimizer's options,
+    such as betas, are the configuration's.
 
     Raises:
-        UserError: the checkpoint cannot be read or does not fit.
+        UserError: the checkpoint cannot be read or does not fit; the same on every rank.
     """
-    loaded = load_sharded(run_tensors(chunks, optimizer, is_loading=True), checkpoint / STATE)
+    state = RunState.read(checkpoint)
+    stored = stored_keys(checkpoint / STATE)
+    wanted = run_tensors(chunks, optimizer, stored)
+    _refuse_leftovers(checkpoint, wanted, stored)
+    loaded = load_sharded(wanted, checkpoint / STATE)
     _load_chunks(chunks, loaded)
-    _load_optimizer(optimizer, loaded["optimizer"])
-    return RunState.read(checkpoint)
+    set_optimizer_step(optimizer, state.optimizer_step)
+    return state
+
+
+def _refuse_leftovers(checkpoint: Path, wanted: dict[str, Any], stored: set[str]) -> None:
+    """Refuse to load only a part of what a checkpoint holds, or less than this run needs."""
+    requested = {key for keys in gather_objects(requested_keys(wanted)) for key in keys}
+    lacking = requested - stored
+    # fp32 weights are read from the masters, which leaves the weights in half precision over.
+    over = {key for key in stored - requested if optimizer_key(MASTER, key) not in requested}
+    if not lacking and not over:
+        return
+    parts = [
+        f"{what} {', '.join(sorted(keys)[:5])}{' and others' if len(keys) > 5 else ''}"
+        for what, keys in (("lacks", lacking), ("also holds", over))
+        if keys
+    ]
+    raise UserError(
+        str(checkpoint),
+        f"does not fit this model: it {' and '.join(parts)}",
+        "Take the configuration it was written with.",
+    )
 
 
 def _load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -42,18 +77,26 @@ def _load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> N
         bare_model(chunk).load_state_dict(loaded[f"model{number}"])
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the moments, the masters and the step count, and keep this optimizer's own options.
+def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) -> bool:
+    """Put this rank's random generators back to where they were; whether that was possible.
 
-    Options such as betas are the configuration's.  A checkpoint also lacks those that only the
-    other Adam has: Transformer Engine's has more of them than torch's, and counts steps in int.
+    At another layout no rank has a predecessor, so all are seeded anew, with numbers that the run
+    has not drawn yet.
+
+    Raises:
+        UserError: the file is not what was written.
     """
-    options = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update({key: own[key] for key in own if key not in ("params", "step")})
-        if "step" in group:
-            group["step"] = int(group["step"])
+    if asdict(layout) != state.layout:
+        seed_anew(state.seed, state.step)
+        return False
+    path = checkpoint / random_states_file(dist.get_rank())
+    try:
+        set_random_states(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            str(path), f"is not what was written ({error})", "Take another checkpoint."
+        ) from None
+    return True
 
 
 def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunState:

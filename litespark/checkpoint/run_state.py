@@ -15,7 +15,7 @@ from litespark.errors import UserError, raise_user_errors
 from litespark.parallel.layout import RankLayout
 from litespark.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "run_state.json"
 
 # What may differ between the model that was saved and the one that loads it.
@@ -29,12 +29,14 @@ _NOT_SHAPE = {
 class RunState:
     """Where a run stood when its checkpoint was written.
 
+    `optimizer_step` counts the updates, which a guard may have let fall behind the steps;
     `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far;
     `bf16_layers` the layers, counted from 1, that the FP8 guard has moved to BF16.
     """
 
     format_version: int
     step: int
+    optimizer_step: int
     consumed_samples: int
     tokens: int
     seed: int
@@ -55,6 +57,7 @@ class RunState:
         *,
         step: int,
         consumed_samples: int,
+        optimizer_step: int | None = None,
         fp8_scales: dict[str, list[float]] | None = None,
         bf16_layers: list[int] | None = None,
     ) -> RunState:
@@ -62,6 +65,7 @@ class RunState:
         return cls(
             format_version=FORMAT_VERSION,
             step=step,
+            optimizer_step=step if optimizer_step is None else optimizer_step,
             consumed_samples=consumed_samples,
             tokens=consumed_samples * config.data.sequence_length,
             seed=config.seed,
@@ -141,31 +145,6 @@ def check_same_model(state: RunState, checkpoint: Path, model: ModelConfig) -> N
             )
         )
     raise_user_errors(errors)
-
-
-def check_same_optimizer(state: RunState, checkpoint: Path, config: RunConfig) -> None:
-    """Refuse optimizer states that megatron-core stores in another form than this run's.
-
-    Raises:
-        UserError: names the key, and what the checkpoint was written with.
-    """
-    sharded = config.parallel.distributed_optimizer
-    if sharded != state.distributed_optimizer:
-        raise UserError(
-            f"parallel.distributed_optimizer = {str(sharded).lower()}",
-            f"the checkpoint {checkpoint} was written with "
-            f"{str(state.distributed_optimizer).lower()}, which stores the optimizer otherwise",
-            "Set it to the checkpoint's value.",
-        )
-    formats = {"fp8": "bf16"}  # FP8 is a matter of the products: what is stored is the same
-    wanted = formats.get(config.precision.mode, config.precision.mode)
-    if not sharded and wanted != formats.get(state.precision, state.precision):
-        raise UserError(
-            f"precision.mode = {config.precision.mode}",
-            f"the checkpoint {checkpoint} was written with {state.precision}, and without the "
-            "distributed optimizer its state does not change format",
-            "Set it to the checkpoint's value.",
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    CheckpointingException,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.serialization import load, load_common_state_dict
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from litespark.checkpoint.folder import STATE
+from litespark.checkpoint.integrity import is_inside
+from litespark.checkpoint.optimizer_state import MASTER, optimizer_key, optimizer_tensors
 from litespark.errors import UserError
 
 
@@ -32,13 +41,8 @@ def bare_model(chunk: torch.nn.Module) -> Any:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How to shard: every optimizer state as a tensor of its parameter's shape.
-
-    Of megatron-core 0.16's formats only this one loads at other tensor and pipeline degrees.
-    """
+    """What megatron-core's modules want to know to describe their parts."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -53,15 +57,28 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def run_tensors(
-    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    stored: set[str] | None = None,
 ) -> dict[str, Any]:
-    """Sharded state of model and optimizer."""
+    """Sharded state of model and optimizer; `stored`: keys of the checkpoint to load, if any.
+
+    What is loaded from a checkpoint with fp32 masters into fp32 weights is the masters.
+    """
     state = model_state(chunks)
-    # The optimizer's keys follow from the model's, which it must not alter: a state of its own.
-    state["optimizer"] = optimizer.sharded_state_dict(
-        model_state(chunks), is_loading=is_loading, metadata=sharding_metadata()
-    )
+    shards = optimizer_tensors(state, optimizer, stored)
+    if stored is not None:
+        dict_list_map_inplace(lambda entry: _from_master(entry, stored), state)
+    state["optimizer"] = dict(enumerate(shards))
     return state
+
+
+def _from_master(entry: Any, stored: set[str]) -> Any:
+    if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+        return entry
+    master = optimizer_key(MASTER, entry.key)
+    is_fp32 = entry.data is not None and entry.data.dtype == torch.float32
+    return replace(entry, key=master) if is_fp32 and master in stored else entry
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -74,6 +91,24 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return load(state, str(folder), strict="raise_unexpected")  # type: ignore[return-value]
 
 
+def requested_keys(state: dict[str, Any]) -> set[str]:
+    """Keys of the tensors that a state describes."""
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return {entry.key for entry in nested_values(state) if isinstance(entry, kinds)}
+
+
+def stored_keys(folder: Path) -> set[str]:
+    """Keys of the tensors in a checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _reporting(folder):
+        metadata = FileSystemReader(str(folder)).read_metadata()
+    tensors = metadata.state_dict_metadata.items()
+    return {key for key, kind in tensors if isinstance(kind, TensorStorageMetadata)}
+
+
 def check_readable(checkpoint: Path) -> None:
     """Read the small files that say what a checkpoint holds, before all ranks load it together.
 
@@ -84,7 +119,7 @@ def check_readable(checkpoint: Path) -> None:
     for name, read in (
         ("metadata.json", lambda: json.loads((folder / "metadata.json").read_text())),
         ("common.pt", lambda: load_common_state_dict(str(folder))),
-        (".metadata", lambda: FileSystemReader(str(folder)).read_metadata()),
+        (".metadata", lambda: _check_places(FileSystemReader(str(folder)).read_metadata())),
     ):
         try:
             read()
@@ -96,6 +131,12 @@ def check_readable(checkpoint: Path) -> None:
                 f"is missing or damaged ({type(error).__name__}: {error})",
                 "Take another checkpoint: run.resume=PATH.",
             ) from error
+
+
+def _check_places(metadata: Metadata) -> None:
+    for index, place in (metadata.storage_data or {}).items():
+        if not is_inside(place.relative_path):
+            raise ValueError(f"{index.fqn} lies outside, in {place.relative_path!r}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -47,9 +48,30 @@ def add_shards_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """Add CHECKPOINT; `litespark.checkpoint.folder.find_checkpoint` resolves it."""
+    """Add CHECKPOINT and --no-verify; `open_checkpoint` resolves them."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         help="a step_... folder; of a run's folder or its checkpoints folder, the newest is taken",
     )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare the checkpoint's files with their checksums first, which reads all "
+        "of it, the optimizer's state included",
+    )
+
+
+def open_checkpoint(args: argparse.Namespace) -> Path:
+    """The checkpoint that the arguments name, whole.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from litespark.checkpoint.folder import find_checkpoint
+    from litespark.checkpoint.integrity import check_whole
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    if not args.no_verify:
+        check_whole(checkpoint)
+    return checkpoint

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from litespark.cli.arguments import add_checkpoint_argument, add_command
+from litespark.cli.arguments import add_checkpoint_argument, add_command, open_checkpoint
 from litespark.errors import ExitCode
 
 _DESCRIPTION = """\
@@ -61,11 +61,10 @@ def run(args: argparse.Namespace) -> int:
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core
-    from litespark.checkpoint.folder import find_checkpoint
     from litespark.checkpoint.hf.export import export_checkpoint
     from litespark.training.single import single_process
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args)
     with single_process():
         exported = export_checkpoint(
             checkpoint, Path(args.out_dir), dtype=args.dtype, tokenizer=args.tokenizer

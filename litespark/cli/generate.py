@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litespark.cli.arguments import add_checkpoint_argument, add_command
+from litespark.cli.arguments import add_checkpoint_argument, add_command, open_checkpoint
 from litespark.errors import ExitCode, UserError
 
 _DESCRIPTION = """\
@@ -83,13 +83,12 @@ def run(args: argparse.Namespace) -> int:
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core
-    from litespark.checkpoint.folder import find_checkpoint
     from litespark.checkpoint.run_state import RunState
     from litespark.data.tokenizers import load_tokenizer
     from litespark.models.generate import Sampling, generate
     from litespark.training.single import load_model, single_process
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     path = args.tokenizer or RunState.read(checkpoint).data.get("tokenizer")
     if path is None:

@@ -273,6 +273,20 @@ class CheckpointConfig(Section):
     keep_last: int | None = Field(
         default=None, ge=1, description="Newest checkpoints to keep; null: all."
     )
+    keep_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Beside the newest, keep those whose step is a multiple of this; in steps.",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="Write in the background; training waits for the copy to host memory only.",
+    )
+    verify: bool = Field(
+        default=True,
+        description="Compare every file with its checksum before it is loaded; a damaged "
+        "checkpoint is named and the newest whole one is taken.",
+    )
 
 
 class LoggingConfig(Section):

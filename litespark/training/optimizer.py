@@ -10,8 +10,8 @@ How it plugs in: megatron-core builds its optimizers as always; before any state
 inside each of them is replaced by `FusedAdamW` over the same groups, and the chain of optimizers
 by `FusedOptimizer`, whose `step` differs in the norm and the clipping alone.
 
-Checkpoints.  Adams differ in where they count steps: torch's in the state of each parameter,
-Transformer Engine's in the group.  `FusedAdamW` counts in the group, and reads and writes both.
+Adams differ in where they count steps: torch's in the state of each parameter, `FusedAdamW` and
+Transformer Engine's in the group.  Checkpoints hold one count (`checkpoint/optimizer_state.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
-    distrib_optimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -112,23 +111,14 @@ class FusedAdamW(torch.optim.Optimizer):
         param_groups: groups as another Adam keeps them, with its options; taken over, not copied.
         weight_of: the model's weight of each master, of the same elements and shape; masters that
             are the model's weights themselves are not in it.
-        step_per_parameter: whether states that are saved and loaded also have a `step` for each
-            parameter, as torch's AdamW does; where they have, it is what counts.
     """
 
-    def __init__(
-        self,
-        param_groups: list[dict[str, Any]],
-        weight_of: dict[Tensor, Tensor],
-        *,
-        step_per_parameter: bool,
-    ) -> None:
+    def __init__(self, param_groups: list[dict[str, Any]], weight_of: dict[Tensor, Tensor]) -> None:
         # The base refuses views, which the masters of fp32 models are under the distributed
         # optimizer, so it is given an empty group and the real ones are put in its place.
         super().__init__([{"params": []}], defaults={})
         self.param_groups = param_groups
         self.weight_of = weight_of
-        self.step_per_parameter = step_per_parameter
         self.grad_multiplier: Tensor | None = None
 
     @torch.no_grad()
@@ -155,33 +145,6 @@ class FusedAdamW(torch.optim.Optimizer):
                     weight=self.weight_of.get(master),
                     multiplier=self.grad_multiplier,
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as another Adam has it, with or without an fp32 `step` for each parameter."""
-        packed = super().state_dict()
-        if not self.step_per_parameter:
-            return packed
-        steps = {
-            index: float(group.get("step", 0))
-            for group in packed["param_groups"]
-            for index in group["params"]
-        }
-        packed["state"] = {
-            index: {**state, "step": torch.tensor(steps[index])}
-            for index, state in packed["state"].items()
-        }
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of any Adam; all parameters have made the same number of steps."""
-        super().load_state_dict(state_dict)
-        counts = [group["step"] for group in self.param_groups if "step" in group]
-        if self.step_per_parameter:
-            # First, because torch's AdamW carries along a `step` it finds in a group as it is.
-            counts = [each["step"] for each in self.state.values() if "step" in each] or counts
-        step = max((int(count) for count in counts), default=0)
-        for group in self.param_groups:
-            group["step"] = step
 
 
 class FusedOptimizer(TrainingOptimizer):
@@ -241,23 +204,13 @@ class FusedOptimizer(TrainingOptimizer):
 
 def _put_in(optimizer: MegatronOptimizer) -> FusedAdamW:
     """Replace the Adam inside one of megatron-core's optimizers, and the copy into the model."""
-    adam = FusedAdamW(
-        optimizer.optimizer.param_groups,
-        dict(_masters_and_weights(optimizer)),
-        step_per_parameter=_saves_step_per_parameter(optimizer),
-    )
+    weight_of = dict(_masters_and_weights(optimizer))
+    adam = FusedAdamW(optimizer.optimizer.param_groups, weight_of)
     optimizer.optimizer = adam
     if isinstance(optimizer, MixedPrecisionOptimizer):
         # fp32 masters are views of the model; upstream would copy those onto themselves.
         optimizer._copy_main_params_to_model_params = _is_done_by_the_kernel  # type: ignore[method-assign]
     return adam
-
-
-def _saves_step_per_parameter(optimizer: MegatronOptimizer) -> bool:
-    """False for upstream's distributed optimizer where it finds Transformer Engine's Adam."""
-    if isinstance(optimizer, DistributedOptimizer):
-        return not distrib_optimizer.HAVE_APEX_OR_TE
-    return True
 
 
 def _is_done_by_the_kernel() -> None:

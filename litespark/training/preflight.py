@@ -1,4 +1,4 @@
-"""Finds what is wrong with a run before it starts, without torch and in one process.
+"""Finds what is wrong with a run before it starts, in one process.
 
 The launcher runs these checks before it starts processes, so a mistake costs a second and one
 message; every rank runs them again, because on many nodes each sees its own file system.
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from litespark.checkpoint.folder import find_checkpoint, newest_checkpoint
-from litespark.checkpoint.run_state import RunState, check_same_model, check_same_optimizer
+from litespark.checkpoint.choose import first_intact
+from litespark.checkpoint.folder import find_checkpoint, newest_first
+from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
@@ -23,11 +24,15 @@ from litespark.errors import MissingExtraError, UserError
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found: the data, and the checkpoint to resume from, if any."""
+    """What the checks found: the data, and the checkpoint to resume from, if any.
+
+    `candidates` are `checkpoint` and those to take, in this order, when its bytes are damaged.
+    """
 
     train: Blend
     validation: Blend | None
     checkpoint: Path | None
+    candidates: list[Path]
 
 
 def preflight(config: RunConfig, world_size: int) -> Preflight:
@@ -40,37 +45,38 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
     train, validation = open_data(config)
-    checkpoint = choose_checkpoint(config)
+    candidates = checkpoint_candidates(config)
+    checkpoint = first_intact(candidates)
     if checkpoint is not None:
-        state = RunState.read(checkpoint)
-        check_same_model(state, checkpoint, config.model)
-        check_same_optimizer(state, checkpoint, config)
+        check_same_model(RunState.read(checkpoint), checkpoint, config.model)
     _check_output_dir(config)
-    return Preflight(train, validation, checkpoint)
+    return Preflight(train, validation, checkpoint, candidates)
 
 
-def choose_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint that `run.resume` asks for.
+def checkpoint_candidates(config: RunConfig) -> list[Path]:
+    """The checkpoints that `run.resume` allows, the one to be preferred first.
+
+    A checkpoint that was asked for by name has no substitute.
 
     Raises:
         UserError: `never`, but the folder holds checkpoints; or the path is no checkpoint.
     """
     checkpoints = Path(config.run.output_dir) / "checkpoints"
+    own = newest_first(checkpoints)
     if config.run.resume == "auto":
-        return newest_checkpoint(checkpoints)
+        return own
     if config.run.resume == "never":
-        newest = newest_checkpoint(checkpoints)
-        if newest is not None:
+        if own:
             raise UserError(
                 "run.resume = never",
-                f"run.output_dir already holds {newest.name}",
+                f"run.output_dir already holds {own[0].name}",
                 "Set run.resume=auto to go on, or give another run.output_dir.",
             )
-        return None
+        return []
     wanted = find_checkpoint(config.run.resume)
     is_own = wanted.resolve().parent == checkpoints.resolve()
     # Another run's checkpoint is where this run starts; restarted, it goes on from its own.
-    return wanted if is_own else newest_checkpoint(checkpoints) or wanted
+    return [wanted] if is_own or not own else own
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:

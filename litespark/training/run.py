@@ -55,7 +55,7 @@ def build_hooks(run: TrainingRun) -> list[Hook]:
     hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing]
     if run.config.precision.mode == "fp8":
         hooks.insert(2, Fp8Guard())
-    hooks.append(StopOnSignal(checkpointing.save))
+    hooks.append(StopOnSignal(checkpointing.save_now))
     return [Watchdog(), BadSteps(checkpointing), Recheck(), Stragglers(), *hooks]
 
 

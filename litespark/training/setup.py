@@ -23,8 +23,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from litespark.checkpoint.load import load_checkpoint
-from litespark.checkpoint.run_state import RunState
+from litespark.checkpoint.choose import newest_whole
+from litespark.checkpoint.load import load_checkpoint, load_random_states
+from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
@@ -231,9 +232,10 @@ def go_back(run: TrainingRun, checkpoint: Path) -> None:
     """Put a run that is under way into the state of a checkpoint; all ranks call it together.
 
     It goes on with the samples that it has not seen yet: those between the checkpoint and now are
-    what it went astray on.
+    what it went astray on.  So do the random generators.
     """
-    _load(run, checkpoint)
+    with run.progress.suspended():
+        _load(run, checkpoint)
     if run.train_batches is not None:
         samples = run.train_batches.samples
         run.train_batches.close()
@@ -246,7 +248,7 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
     Raises:
         UserError: on every rank alike, if it cannot be read or does not fit.
     """
-    on_all_ranks(lambda: check_readable(checkpoint))
+    on_all_ranks(lambda: _check_fits(run, checkpoint))
     try:
         state = load_checkpoint(checkpoint, run.chunks, run.optimizer)
     except UserError as error:
@@ -259,22 +261,39 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
 
 
 def _resume(run: TrainingRun, checked: Preflight) -> None:
-    if checked.checkpoint is None:
+    checkpoint = newest_whole(checked.candidates, verify=run.config.checkpoint.verify)
+    if checkpoint is None:
         run.record_event("started", f"{run.layout.describe()}, from initial weights")
         return
-    state = _load(run, checked.checkpoint)
+    state = _load(run, checkpoint)
     run.consumed_samples = state.consumed_samples
     run.policy.moved_layers = set(state.bf16_layers)
-    detail = f"{run.layout.describe()}, from {checked.checkpoint.name}"
+    same_layout = on_all_ranks(lambda: load_random_states(checkpoint, state, run.layout))
+    detail = f"{run.layout.describe()}, from {checkpoint.name}"
     run.record_event("resumed", detail)
     if run.process.is_first:
         logger.info("resumed at step %d: %s", run.step, detail)
-        now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
-        saved = state.data | {"seed": state.seed}
-        for key in ("blend", "split", "sequence_length", "seed"):
-            if now[key] != saved[key]:
-                logger.warning(
-                    "%s was %s and is %s: samples from number %d on are not those that an "
-                    "uninterrupted run would have seen",
-                    *(key, saved[key], now[key], run.consumed_samples),
-                )
+        _tell_differences(run, state, same_layout=same_layout)
+
+
+def _check_fits(run: TrainingRun, checkpoint: Path) -> None:
+    check_same_model(RunState.read(checkpoint), checkpoint, run.config.model)
+    check_readable(checkpoint)
+
+
+def _tell_differences(run: TrainingRun, state: RunState, *, same_layout: bool) -> None:
+    """Say what makes the rest of this run differ from what it would have been."""
+    if not same_layout:
+        logger.info(
+            "the layout was %s: random generators are seeded anew",
+            RankLayout(**state.layout).describe(),
+        )
+    now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
+    saved = state.data | {"seed": state.seed}
+    for key in ("blend", "split", "sequence_length", "seed"):
+        if now[key] != saved[key]:
+            logger.warning(
+                "%s was %s and is %s: samples from number %d on are not those that an "
+                "uninterrupted run would have seen",
+                *(key, saved[key], now[key], run.consumed_samples),
+            )

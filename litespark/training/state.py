@@ -30,13 +30,15 @@ from litespark.training.optimizer import TrainingOptimizer
 class Progress:
     """What this rank is doing; written by the training thread, read by the watchdog's.
 
-    `micro_batch` counts the forward passes of the step from 1; `changes` counts all changes.
+    `micro_batch` counts the forward passes of the step from 1; `changes` counts all changes;
+    while `is_suspended` a lack of changes is no sign of a hang.
     """
 
     step: int = 0
     micro_batch: int = 0
     phase: str = "starting"
     changes: int = 0
+    is_suspended: bool = False
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Begin another phase, and with `step` another step."""
@@ -49,6 +51,16 @@ class Progress:
         """Begin another forward pass."""
         self.micro_batch += 1
         self.changes += 1
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The block waits for a disk, which takes as long as it takes."""
+        self.is_suspended = True
+        try:
+            yield
+        finally:
+            self.changes += 1
+            self.is_suspended = False
 
 
 class ForwardClock:
@@ -151,16 +163,19 @@ class TrainingRun:
         """The number formats of this rank's layers, and their scales."""
         return bare_model(self.chunks[0]).policy
 
-    def record_event(self, event: str, detail: str) -> None:
-        """Append a line to the run's `events.jsonl`; only the first rank writes."""
-        if self.process.is_first:
-            self.append_event(event, detail)
+    def record_event(self, event: str, detail: str, step: int | None = None) -> None:
+        """Append a line to the run's `events.jsonl`; only the first rank writes.
 
-    def append_event(self, event: str, detail: str) -> None:
+        `step` is the run's, unless something tells of an earlier one.
+        """
+        if self.process.is_first:
+            self.append_event(event, detail, step)
+
+    def append_event(self, event: str, detail: str, step: int | None = None) -> None:
         """The same from whichever rank calls it, when one speaks that need not be the first."""
         line: dict[str, Any] = {
             "time": time.time(),
-            "step": self.step,
+            "step": self.step if step is None else step,
             "event": event,
             "detail": detail,
         }

@@ -85,7 +85,7 @@ def guarded_rank(rank, world_size, config_path, overrides, sick_layer, stop_step
             outcome = train_step(run)
             for hook in hooks:
                 hook.after_step(run, outcome)
-        Checkpointing().save(run)
+        Checkpointing().save_now(run)
         for hook in hooks:
             hook.close()
     if run.train_batches is not None:

@@ -11,7 +11,6 @@ nothing may differ in a single bit.
 from __future__ import annotations
 
 import functools
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -102,7 +101,7 @@ def train_rank(
         outcome = train_step(run)
         history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
     if steps:
-        Checkpointing().save(run)
+        Checkpointing().save_now(run)
     with parameters_synchronised(run.chunks):
         weights = {
             f"{number}.{name}": parameter.detach().float().numpy().copy()
@@ -181,54 +180,45 @@ def _parameters_with_gradients(number):
     return parameters
 
 
-def _fused(groups, **arguments):
+def _fused(parameters):
     from litespark.training.optimizer import FusedAdamW
 
-    return FusedAdamW(groups, {}, **{"step_per_parameter": True, **arguments})
+    return FusedAdamW(torch.optim.AdamW(parameters, lr=0.1).param_groups, {})
 
 
-def test_steps_are_read_from_and_written_for_any_adam():
-    """Torch counts in each parameter's state, Transformer Engine in the group."""
-    torchs = torch.optim.AdamW(_parameters_with_gradients(0), lr=0.1)
+def test_steps_are_counted_on_from_where_a_checkpoint_says():
+    """Torch counts in each parameter's state, the fused Adam in the group."""
+    from types import SimpleNamespace
+
+    from litespark.checkpoint.optimizer_state import optimizer_step, set_optimizer_step
+
+    theirs, own = _parameters_with_gradients(0), _parameters_with_gradients(0)
+    torchs = torch.optim.AdamW(theirs, lr=0.1)
     for _ in range(3):
         torchs.step()
-    saved = deepcopy(torchs.state_dict())  # a load does not copy
-    saved["param_groups"][0]["step"] = 1  # as left by an earlier load
-    own = _parameters_with_gradients(0)
-    fused = _fused(torch.optim.AdamW(own, lr=0.1).param_groups)
+    fused = _fused(own)
+    fused.step()  # another count, and other moments, which are taken over below
     with torch.no_grad():
-        for mine, theirs in zip(own, torchs.param_groups[0]["params"], strict=True):
-            mine.copy_(theirs)
-    fused.load_state_dict(saved)
-    assert fused.param_groups[0]["step"] == 3
-    fused.step()
-    torchs.step()
-    assert all(map(torch.equal, own, torchs.param_groups[0]["params"]))
-
-    written = deepcopy(fused.state_dict())
-    assert written["param_groups"][0]["step"] == 4
-    assert [state["step"].item() for state in written["state"].values()] == [4, 4]
-    torchs.load_state_dict(written)
-    fused.step()
-    torchs.step()
-    assert all(map(torch.equal, own, torchs.param_groups[0]["params"]))
-
-    for state in written["state"].values():
-        del state["step"]
-    for step_per_parameter in (False, True):
-        other = _fused(
-            torch.optim.AdamW(own, lr=0.1).param_groups, step_per_parameter=step_per_parameter
-        )
-        other.load_state_dict(written)
-        assert other.param_groups[0]["step"] == 4
-        has_step = ["step" in state for state in other.state_dict()["state"].values()]
-        assert has_step == [step_per_parameter] * 2
+        for mine, their in zip(own, theirs, strict=True):
+            mine.copy_(their)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                fused.state[mine][moment].copy_(torchs.state[their][moment])
+    written, read = SimpleNamespace(optimizer=torchs), SimpleNamespace(optimizer=fused)
+    set_optimizer_step(read, optimizer_step(written))
+    assert optimizer_step(read) == 3
+    for _ in range(2):
+        fused.step()
+        torchs.step()
+    assert all(map(torch.equal, own, theirs))
+    set_optimizer_step(written, optimizer_step(read) + 4)
+    assert optimizer_step(written) == 9
+    assert [state["step"].item() for state in torchs.state.values()] == [9, 9]
 
 
 def test_parameters_without_a_gradient_stay():
     parameters = _parameters_with_gradients(0)
     parameters[1].grad = None
-    _fused(torch.optim.AdamW(parameters, lr=0.1).param_groups).step()
+    _fused(parameters).step()
     assert (parameters[0] != 1).all()
     assert (parameters[1] == 1).all()
 

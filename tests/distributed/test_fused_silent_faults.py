@@ -68,7 +68,7 @@ def _train(
         if run.step in guard_at:
             guard.compare(run)
     if save_at:
-        Checkpointing().save(run)
+        Checkpointing().save_now(run)
     if run.train_batches is not None:
         run.train_batches.close()
     chunk: Any = run.chunks[0]

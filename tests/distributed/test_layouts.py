@@ -113,7 +113,7 @@ def test_optimizer_options_are_the_configurations_not_the_checkpoints(config_pat
         1,
         config_path,
         [*target, "optimizer.beta2=0.9", "optimizer.epsilon=1e-6"],
-        {"bias_correction": True},
+        {"bias_correction": True, "step": 0},
     )[0]
     assert len(groups) == 2
     for group in groups:

@@ -34,7 +34,7 @@ def taken_rank(
     if loader is None:  # a pipeline stage that sees no tokens
         while run.step < stop_step:
             train_step(run)
-        Checkpointing().save(run)
+        Checkpointing().save_now(run)
         return None
     taken: list[list[list[list[int]]]] = []
     original = loader.next_step
@@ -47,7 +47,7 @@ def taken_rank(
     loader.next_step = next_step
     while run.step < stop_step:
         train_step(run)
-    Checkpointing().save(run)
+    Checkpointing().save_now(run)
     loader.close()
     return loader._rank, taken
 

@@ -107,6 +107,28 @@ def test_a_hang_names_the_rank_that_did_not_arrive(fault, rank, train, tmp_path)
     assert events(folder)[-1] == "hang"
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_slow_disk_is_no_hang(asynchronous, train, tmp_path, monkeypatch):
+    """One rank writes for 15 s; the other, and the next save, wait for twice `hang_seconds`."""
+    monkeypatch.setenv("FAULT_PLACE", "save")
+    options = ["--nproc", "2", "resilience.hang_seconds=7"]
+    ended, folder = train(*options, f"checkpoint.asynchronous={asynchronous}", fault="slow")
+    assert ended.returncode == 0, ended.stderr
+    assert seconds_since(tmp_path / "run.fault") > 14, "it was not slow"
+    assert max(losses(folder)) == STEPS
+    assert not (folder / "hang.txt").exists()
+
+
+def test_a_rank_that_freezes_in_a_save_is_a_hang(train, monkeypatch):
+    """The other waits for its disk, which is no hang, but hears nothing of it any more."""
+    monkeypatch.setenv("FAULT_PLACE", "save")
+    options = ["--nproc", "2", "resilience.hang_seconds=8", "checkpoint.asynchronous=false"]
+    ended, folder = train(*options, fault="stop")
+    assert ended.returncode == 4, ended.stderr
+    assert "did not arrive: rank 1 on" in ended.stderr.strip().splitlines()[-1]
+    assert not list((folder / "checkpoints").glob("step_*")), "no rank alone can name it"
+
+
 def test_a_hang_is_started_again(train):
     options = ["--nproc", "2", "resilience.hang_seconds=8", "--max-restarts", "1"]
     ended, folder = train(*options, fault="sleep")

@@ -96,7 +96,7 @@ def train_and_save_rank(
     run = set_up(load_config(config_path, overrides))
     while run.step < stop_step:
         train_step(run)
-    Checkpointing().save(run)
+    Checkpointing().save_now(run)
     if run.train_batches is not None:
         run.train_batches.close()
 
@@ -109,6 +109,7 @@ def optimizer_groups_rank(
     `extra` is put into every group before the state is loaded, as another Adam would have it.
     """
     from litespark.checkpoint.load import load_checkpoint
+    from litespark.checkpoint.optimizer_state import optimizer_step
     from litespark.config import load_config
     from litespark.training import setup
 
@@ -126,5 +127,6 @@ def optimizer_groups_rank(
         setup.load_checkpoint = original
     if run.train_batches is not None:
         run.train_batches.close()
+    assert optimizer_step(run.optimizer) == run.step
     groups = run.optimizer.param_groups
     return [{key: group[key] for key in group if key != "params"} for group in groups]

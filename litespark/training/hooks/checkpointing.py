@@ -1,21 +1,20 @@
-"""Saves the run's state at intervals and at the end."""
+"""Saves the run's state at intervals and at the end, while training goes on."""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from litespark.checkpoint.folder import (
-    newest_checkpoint,
-    prune_checkpoints,
-    remove_leftovers,
-    set_aside_later,
-)
+from litespark.checkpoint.choose import newest_whole
+from litespark.checkpoint.folder import newest_first, remove_leftovers, set_aside_later
+from litespark.checkpoint.optimizer_state import optimizer_step
 from litespark.checkpoint.run_state import RunState
-from litespark.checkpoint.save import save_checkpoint
+from litespark.checkpoint.save import CheckpointSaver, SaveOutcome, written
 from litespark.config.load import dump_config
 from litespark.parallel.groups import gather_objects
+from litespark.training.launch import GRACE_SECONDS
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome, parameters_synchronised
@@ -24,10 +23,16 @@ logger = logging.getLogger("litespark.checkpoint")
 
 
 class Checkpointing(Hook):
-    """Every `training.save_every` steps and after the last one."""
+    """Every `training.save_every` steps and after the last one.
+
+    A save that fails (the disk is full, the destination is gone) does not end the run: that is
+    said, the older checkpoints stay, and the next save tries again.  Only the last one must
+    succeed, because nothing comes after it.
+    """
 
     def __init__(self) -> None:
         self.saved_step = -1
+        self.saver: CheckpointSaver | None = None
 
     def on_state(self, run: TrainingRun) -> None:
         """Remember what is on disk already, so that it is not written twice; tidy up."""
@@ -35,7 +40,7 @@ class Checkpointing(Hook):
         if run.process.is_first:
             remove_leftovers(run.folder / "checkpoints")
             for path in set_aside_later(run.folder / "checkpoints", run.step):
-                logger.warning("rolled back to step %d: %s is set aside", run.step, path.name)
+                logger.warning("resumed at step %d: %s is set aside", run.step, path.name)
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Save when it is time."""
@@ -44,15 +49,35 @@ class Checkpointing(Hook):
             self.save(run)
 
     def on_end(self, run: TrainingRun) -> None:
-        """Save the final state."""
-        self.save(run)
+        """Save the final state and wait for it.
+
+        Raises:
+            LitesparkError: it could not be written.
+        """
+        self.save_now(run)
+
+    def close(self) -> None:
+        """Give a save in flight the time to end; a rank that died would keep it for ever."""
+        if self.saver is not None:
+            self.saver.wait(GRACE_SECONDS)
 
     def newest(self, run: TrainingRun) -> Path | None:
-        """The checkpoint that a restart would begin with; all ranks call it together."""
-        return gather_objects(newest_checkpoint(run.folder / "checkpoints"))[0]
+        """The checkpoint that a restart would begin with; all ranks call it together.
+
+        A save under way is waited for, and every byte of what is found has been compared with its
+        checksum.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        if self.saver is not None:
+            self.saver.wait()
+        with run.progress.suspended():
+            candidates = newest_first(run.folder / "checkpoints")
+            return newest_whole(candidates, verify=run.config.checkpoint.verify)
 
     def save(self, run: TrainingRun) -> None:
-        """Write a checkpoint of this step, unless there is one; all ranks call it together."""
+        """Start to save this step, unless that is done; all ranks call it together."""
         if self.saved_step == run.step:
             return
         started = time.perf_counter()
@@ -61,20 +86,66 @@ class Checkpointing(Hook):
             run.layout,
             step=run.step,
             consumed_samples=run.consumed_samples,
+            optimizer_step=max(gather_objects(optimizer_step(run.optimizer))),
             fp8_scales=_fp8_scales(run),
             bf16_layers=sorted(run.policy.moved_layers),
         )
-        checkpoints = run.folder / "checkpoints"
+        saver, report = self._saver(run), _Report(run)
         with parameters_synchronised(run.chunks):
-            folder = save_checkpoint(
-                checkpoints, run.chunks, run.optimizer, state, dump_config(run.config)
-            )
-        keep = run.config.checkpoint.keep_last
-        if keep is not None and run.process.is_first:
-            prune_checkpoints(checkpoints, keep)
+            saver.save(run.chunks, run.optimizer, state, dump_config(run.config), report)
         self.saved_step = run.step
+        report.waited_seconds = time.perf_counter() - started
+        run.timings.checkpoint_seconds += report.waited_seconds
+
+    def save_now(self, run: TrainingRun) -> None:
+        """Save this step, unless that is done, and wait until it is on disk.
+
+        Raises:
+            LitesparkError: it could not be written.
+        """
+        self.save(run)
+        if self.saver is None:
+            return
+        started = time.perf_counter()
+        outcome = self.saver.wait()
         run.timings.checkpoint_seconds += time.perf_counter() - started
-        run.record_event("checkpoint", folder.name)
+        if outcome is not None:
+            written(outcome)
+
+    def _saver(self, run: TrainingRun) -> CheckpointSaver:
+        if self.saver is None:
+            folder, options = run.folder / "checkpoints", run.config.checkpoint
+            self.saver = CheckpointSaver(folder, options, run.progress.suspended)
+        return self.saver
+
+
+@dataclass
+class _Report:
+    """Tells the user how a save ended; called from the background's thread."""
+
+    run: TrainingRun
+    waited_seconds: float | None = None
+
+    def __call__(self, outcome: SaveOutcome) -> None:
+        run = self.run
+        if not run.process.is_first:
+            return
+        if outcome.checkpoint is None:
+            if outcome.step < run.total_steps:  # else the run ends, and with this problem
+                logger.error(
+                    "the state of step %d could not be saved (%s); training goes on, older "
+                    "checkpoints stay, the next save tries again",
+                    *(outcome.step, outcome.problem),
+                )
+            run.record_event("checkpoint_failed", outcome.problem, outcome.step)
+            return
+        waited = self.waited_seconds
+        logger.info(
+            "saved %s: %.2f GB in %.1f s%s",
+            *(outcome.checkpoint.name, outcome.num_bytes / 1e9, outcome.seconds),
+            "" if waited is None else f", for which training waited {waited:.2f} s",
+        )
+        run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
 
 
 def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:

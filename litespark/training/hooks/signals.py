@@ -41,6 +41,7 @@ class StopOnSignal(Hook):
 
         Raises:
             StoppedBySignal: after the state has been saved.
+            LitesparkError: it could not be.
         """
         if not any_rank(self.received is not None):
             return

@@ -6,9 +6,13 @@ is doing (`Progress`) and tells the others through a key-value store, over a con
 as the training thread may be waiting on the other one.
 
     nothing changes on a rank for 0.8 hang_seconds  it raises the alarm
+    nothing is heard of a rank for as long          the rank before it does
     a rank sees the alarm                           it writes its progress and its stack down
     the lowest rank that answers                    collects, reports, and names who is behind
     all                                             exit code 4; who does not answer is killed
+
+While a rank waits for a disk to take or give a checkpoint its clock stands still: disks are slow,
+and not dead.  It goes on to be heard, so that one that is frozen meanwhile is found.
 
 The same thread notices when a process of this machine is gone, and when a rank anywhere ends with
 an error of its own: the others would wait for it until their collectives time out.
@@ -97,6 +101,7 @@ class Watchdog(Hook):
         self.fellows: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
         self.board = Board(run.process.world_size)
         self.seen_changes, self.since = run.progress.changes, time.monotonic()
+        self.next_sign, self.heard = None, time.monotonic()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
@@ -126,7 +131,7 @@ class Watchdog(Hook):
 
     def _look(self) -> None:
         progress = self.run.progress
-        if progress.changes != self.seen_changes:
+        if progress.is_suspended or progress.changes != self.seen_changes:
             self.seen_changes, self.since = progress.changes, time.monotonic()
         self.board.write(_key("sign", self.rank), asdict(self._sign(with_stack=False)))
         failed = self.board.read(_FAILED)
@@ -134,10 +139,19 @@ class Watchdog(Hook):
             self._end_after(failed["rank"], failed["words"])
         self._check_fellows(self.board)
         if self.patience is not None:
-            if time.monotonic() - self.since >= 0.8 * self.patience:
+            now = time.monotonic()
+            if max(now - self.since, self._silence(now)) >= 0.8 * self.patience:
                 self.board.write(_ALARM, self.rank)
             if self.board.read(_ALARM) is not None:
                 self._report_hang()
+
+    def _silence(self, now: float) -> float:
+        """Seconds since the next rank was last heard of; its thread writes every second."""
+        rank = (self.rank + 1) % len(self.fellows)
+        sign = self.board.read(_key("sign", rank))
+        if sign != self.next_sign or self.board.read(_key("ended", rank)) is not None:
+            self.next_sign, self.heard = sign, now
+        return now - self.heard
 
     def _sign(self, *, with_stack: bool) -> Sign:
         progress = self.run.progress

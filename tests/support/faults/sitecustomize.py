@@ -1,7 +1,8 @@
 """Plants a fault into the ranks of a `litespark train` that has this folder in its PYTHONPATH.
 
 Python imports a module of this name at its start.  FAULT says what happens to the rank FAULT_RANK
-at its FAULT_PASS-th forward pass, and FAULT_ONCE a file that exists once it has happened.
+at its FAULT_PASS-th forward pass, or with FAULT_PLACE=save when it first writes a checkpoint, and
+FAULT_ONCE a file that exists once it has happened.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ def break_down(fault: str) -> None:
     """What goes wrong."""
     if fault == "sleep":
         time.sleep(600)
+    elif fault == "slow":
+        time.sleep(15)
     elif fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "kill":
@@ -47,6 +50,21 @@ def plant() -> None:
     setup.language_modelling_step = faulty
 
 
+def plant_in_save() -> None:
+    """Put the fault into the writing of this rank's part of a checkpoint."""
+    from litespark.checkpoint import save
+
+    original, once = save.write_shards, Path(os.environ["FAULT_ONCE"])
+
+    def faulty(copy, folder):
+        if not once.exists():
+            once.touch()
+            break_down(os.environ["FAULT"])
+        return original(copy, folder)
+
+    save.write_shards = faulty
+
+
 # A launcher has no rank; FAULT_ALONE says that this process is none.
 if os.environ.get("RANK", os.environ.get("FAULT_ALONE")) == os.environ.get("FAULT_RANK", "none"):
-    plant()
+    plant_in_save() if os.environ.get("FAULT_PLACE") == "save" else plant()
