@@ -73,6 +73,7 @@ def test_a_checkpoint_of_fused_layers_is_continued(mode, tmp_path, capsys, monke
         top_k=None,
         top_p=None,
         seed=1,
+        no_verify=False,
         tokenizer=str(write_tokenizer(tmp_path / "tokenizer")),
     )
     assert command.run(args) == 0
