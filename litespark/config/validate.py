@@ -270,15 +270,7 @@ def _check_lengths(config: RunConfig) -> Iterator[UserError]:
 
 
 def _check_documents(config: RunConfig) -> Iterator[UserError]:
-    if not config.data.document_mask:
-        return
-    if config.parallel.context > 1:
-        yield UserError(
-            f"data.document_mask = true with parallel.context = {config.parallel.context}",
-            "is not supported: documents cannot be split over context-parallel ranks yet",
-            "Set parallel.context=1, or data.document_mask=false.",
-        )
-    if config.model.backend == "te":
+    if config.data.document_mask and config.model.backend == "te":
         yield UserError(
             "data.document_mask = true with model.backend = te",
             "is not supported: document masks are computed by the backends triton and reference",

@@ -226,10 +226,11 @@ def _check_attention(config: RunConfig) -> None:
     length, batch = config.data.sequence_length, config.batch.micro
     if config.data.document_mask:  # the rows are joined (`language_modelling.py`)
         length, batch = length * batch, 1
+    queries = length // (2 * parallel.context) if parallel.context > 1 else length
     case = AttentionCase(
         batch=batch,
-        q_length=length // (2 * parallel.context) if parallel.context > 1 else length,
-        kv_length=length,
+        q_length=queries,
+        kv_length=queries if config.data.document_mask else length,
         heads=model.num_attention_heads // parallel.tensor,
         groups=max(1, model.num_query_groups // parallel.tensor),
         head_dim=model.head_dim,

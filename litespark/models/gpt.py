@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -73,15 +74,20 @@ class GPT(GPTModel):
         """megatron-core's embeddings; with document masks, the angles of each token's own position.
 
         A document's angles do not depend on where it stands: rotary table [t, 1, 1, d] from
-        position_ids [1, t].
+        position_ids [1, t], those of this context-parallel rank's tokens.
         """
         if kwargs.get("packed_seq_params") is None:
             return super()._preprocess(*args, **kwargs)
-        # Without its packing, of which megatron-core would make a table for the longest document.
-        kwargs["packed_seq_params"] = None
+        positions_t = kwargs["position_ids"][0]
+        # The table is whole on every rank and has the same length for every batch: megatron-core
+        # makes that one for a packing whose longest document has that length.
+        length = positions_t.size(0) * self.config.context_parallel_size
+        kwargs["packed_seq_params"] = PackedSeqParams(
+            qkv_format="thd", max_seqlen_q=length, max_seqlen_kv=length
+        )
         parts: Any = super()._preprocess(*args, **kwargs)
         hidden, rotary_s11d, *others = parts
-        return hidden, rotary_s11d[kwargs["position_ids"][0]], *others
+        return hidden, rotary_s11d[positions_t], *others
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Any, loss_mask: Any, **kwargs: Any

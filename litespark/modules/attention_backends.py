@@ -13,7 +13,8 @@ keys (decoding, context parallelism) FlashAttention does so by itself, torch's `
 at the top left and is not used there.
 
 Document masks: tokens of all rows one after the other (row-major in b, s), `cu_seqlens` marking
-where documents begin; a token sees its own document only.
+where documents begin; a token sees its own document only.  Of a document that began before the
+queries do, they are the last part: marks of their own say where its keys begin.
 Sources: Dao 2023, arXiv 2307.08691; Shah et al. 2024, arXiv 2407.08608.
 """
 
@@ -35,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from litespark.errors import LitesparkError
+from litespark.modules.documents import Documents, document_places
 
 _HALF = (torch.bfloat16, torch.float16)
 Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -42,23 +44,12 @@ Limits: TypeAlias = Iterable[tuple[bool, str]]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where the documents of a packed batch begin.
-
-    `cu_seqlens` int32 [documents + 1], on the tokens' device, from 0 to b*s; `max_length` is the
-    longest document's length or any bound above it (it sizes launches, so no device value is read).
-    """
-
-    cu_seqlens: Tensor
-    max_length: int
-
-
-@dataclass(frozen=True)
 class AttentionCase:
     """What decides which library is the fastest; hashable.
 
     `capability` is the GPU's compute capability.  With `variable_length` there are document masks,
-    and the tokens count (batch * q_length), not the documents.
+    and the queries count (batch * q_length), neither the documents nor their keys, which differ
+    from batch to batch: `kv_length` is `q_length` then.
 
     Raises:
         LitesparkError: lengths or heads that no mask is defined for.
@@ -96,7 +87,7 @@ class AttentionCase:
         return cls(
             batch=batch,
             q_length=q_length,
-            kv_length=k_bsgd.size(1),
+            kv_length=q_length if variable_length else k_bsgd.size(1),
             heads=heads,
             groups=k_bsgd.size(2),
             head_dim=head_dim,
@@ -216,9 +207,9 @@ class FlashLibrary(AttentionBackend):
             library.flash_attn_varlen_func(
                 *qkv_tnd,
                 cu_seqlens_q=documents.cu_seqlens,
-                cu_seqlens_k=documents.cu_seqlens,
+                cu_seqlens_k=documents.of_keys.cu_seqlens,
                 max_seqlen_q=documents.max_length,
-                max_seqlen_k=documents.max_length,
+                max_seqlen_k=documents.of_keys.max_length,
                 softmax_scale=scale,
                 causal=causal,
             )
@@ -297,8 +288,10 @@ class TorchFlashAttention(TorchAttention):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
         if "enable_gqa" in _varlen_arguments():  # older ones take fewer groups unasked
             options["enable_gqa"] = qkv_tnd[0].size(1) != qkv_tnd[1].size(1)
-        marks, longest = documents.cu_seqlens, documents.max_length
-        return _first(varlen.varlen_attn(*qkv_tnd, marks, marks, longest, longest, **options))
+        keys = documents.of_keys
+        marks = (documents.cu_seqlens, keys.cu_seqlens)
+        longest = (documents.max_length, keys.max_length)
+        return _first(varlen.varlen_attn(*qkv_tnd, *marks, *longest, **options))
 
 
 class TorchEfficientAttention(TorchAttention):
@@ -333,18 +326,12 @@ class MathAttention(TorchAttention):
         self, qkv_tnd: Inputs, scale: float | None, causal: bool, documents: Documents
     ) -> Tensor:
         q_1tnd, k_1tgd, v_1tgd = (tensor[None] for tensor in qkv_tnd)
-        length = q_1tnd.size(1)
-        mask_qk = document_mask(documents.cu_seqlens, length)
+        query_q, before_end_q = document_places(documents.cu_seqlens, q_1tnd.size(1))
+        key_k, before_end_k = document_places(documents.of_keys.cu_seqlens, k_1tgd.size(1))
+        mask_qk = query_q[:, None] == key_k
         if causal:
-            mask_qk &= self._bottom_right_mask(length, length, mask_qk.device)
+            mask_qk &= before_end_q[:, None] <= before_end_k
         return self._call((q_1tnd, k_1tgd, v_1tgd), mask_qk, is_causal=False, scale=scale)[0]
-
-
-def document_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """True where two tokens are of one document; bool [t, t]."""
-    positions = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    owner_t = torch.bucketize(positions, cu_seqlens[1:], right=True)
-    return owner_t[:, None] == owner_t[None, :]
 
 
 def _cuda_halves(case: AttentionCase) -> Limits:

@@ -39,8 +39,8 @@ from litespark.modules.attention_backends import (
     BACKENDS,
     AttentionBackend,
     AttentionCase,
-    Documents,
 )
+from litespark.modules.documents import Documents
 from litespark.parallel.device import cudnn_version
 from litespark.utils.choice_cache import ChoiceCache, cache_path
 

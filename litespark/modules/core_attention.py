@@ -7,7 +7,8 @@ Under context parallelism a rank holds two chunks of the sequence, r and 2*cp-1-
 every rank has the same share of the causal triangle.  Keys and values are gathered from all ranks
 (the gradient is reduce-scattered back), and the mask compares global positions.  This costs memory
 proportional to the whole sequence for keys and values; it is the specification that ring-style
-implementations are tested against.
+implementations are tested against.  So it is of document masks: two tokens see each other where
+they are of one document, wherever its parts lie.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from litespark.errors import LitesparkError
-from litespark.modules.attention_backends import document_mask
+from litespark.modules.documents import document_numbers
 
 
 def zigzag_positions(local_length: int, rank: int, size: int, device: torch.device) -> Tensor:
@@ -78,14 +79,17 @@ class ReferenceCoreAttention(MegatronModule):
         """Attend causally; returns [s, b, n*d] in the query's dtype.
 
         With `packed_seq_params` tokens see their own document only.  Its boundaries count the
-        tokens of the one row, b = 1.
+        tokens of the one row, b = 1, of all ranks.
         """
         del attention_mask, attn_mask_type  # causal by construction
         if attention_bias is not None:
             raise LitesparkError("the reference core attention takes no bias")
-        mask_qk = self._causal_mask(query_sbnd.size(0), key_sbgd.size(0), query_sbnd.device)
+        mask_qk = None
         if packed_seq_params is not None:
-            mask_qk = self._own_document(query_sbnd, key_sbgd, packed_seq_params)
+            mask_qk = self._document_mask(query_sbnd, key_sbgd, packed_seq_params)
+        elif self.context_group.size() > 1 or query_sbnd.size(0) != key_sbgd.size(0):
+            query_q, key_k = self._positions(query_sbnd, key_sbgd)
+            mask_qk = key_k <= query_q[:, None]
         if self.context_group.size() > 1:
             key_sbgd = gather_from_sequence_parallel_region(key_sbgd, group=self.context_group)
             value_sbgd = gather_from_sequence_parallel_region(value_sbgd, group=self.context_group)
@@ -100,32 +104,30 @@ class ReferenceCoreAttention(MegatronModule):
         )
         return output_bnsd.permute(2, 0, 1, 3).flatten(start_dim=2)
 
-    def _own_document(
+    def _document_mask(
         self, query_sbnd: Tensor, key_sbgd: Tensor, packed: PackedSeqParams
     ) -> Tensor:
-        """True where a query may look: back, in its own document; bool [t, t]."""
+        """True where a query may look: back, in its own document; bool [q, k]."""
         length, batch = query_sbnd.shape[:2]
         square = batch == 1 and key_sbgd.size(0) == length
-        if packed.cu_seqlens_q is None or self.context_group.size() > 1 or not square:
+        if packed.cu_seqlens_q is None or not square:
             raise LitesparkError(
                 "the reference core attention takes documents as cu_seqlens_q, in one row, with as "
-                "many keys as queries and without context parallelism"
+                "many keys as queries"
             )
-        return document_mask(packed.cu_seqlens_q, length).tril()
+        query_q, key_k = self._positions(query_sbnd, key_sbgd)
+        document_q, document_k = (
+            document_numbers(packed.cu_seqlens_q, positions) for positions in (query_q, key_k)
+        )
+        return (document_k == document_q[:, None]) & (key_k <= query_q[:, None])
 
-    def _causal_mask(
-        self, query_length: int, key_length: int, device: torch.device
-    ) -> Tensor | None:
-        """True where a query may look; None when plain causality says it all; bool [q, k]."""
+    def _positions(self, query_sbnd: Tensor, key_sbgd: Tensor) -> tuple[Tensor, Tensor]:
+        """The places in the sequence of this rank's queries and of all ranks' keys; int64."""
         size, rank = self.context_group.size(), self.context_group.rank()
+        device, key_length = query_sbnd.device, key_sbgd.size(0)
         if size > 1:
-            key_positions = torch.cat(
-                [zigzag_positions(key_length, r, size, device) for r in range(size)]
-            )
-            query_positions = zigzag_positions(query_length, rank, size, device)
-        elif query_length == key_length:
-            return None
-        else:  # decoding with a key/value cache: the queries are the newest positions
-            key_positions = torch.arange(key_length, device=device)
-            query_positions = key_positions[key_length - query_length :]
-        return key_positions[None, :] <= query_positions[:, None]
+            of_ranks = [zigzag_positions(key_length, r, size, device) for r in range(size)]
+            return of_ranks[rank], torch.cat(of_ranks)
+        key_k = torch.arange(key_length, device=device)
+        # With fewer queries (decoding with a key/value cache) they are the newest positions.
+        return key_k[key_length - query_sbnd.size(0) :], key_k

@@ -15,7 +15,8 @@ attention aligned at the bottom right, the shape that decoding has too:
     chunk 2*cp-1-r of the queries   to keys of chunks 0 .. 2*cp-1-r
 
 so that no mask is stored and next to nothing above the diagonal is computed: 2*cp * c^2 scores on
-every rank, half of what its queries against all keys under a mask would be.
+every rank, half of what its queries against all keys under a mask would be.  With documents each
+chunk's keys begin at the first document that it touches (`documents.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from litespark.errors import LitesparkError
-from litespark.modules.attention_backends import AttentionCase, Documents
+from litespark.modules.attention_backends import AttentionCase
 from litespark.modules.attention_choice import choose_attention
+from litespark.modules.documents import ChunkDocuments, DocumentBounds, Documents
 
 
 class FusedCoreAttention(MegatronModule):
@@ -103,21 +105,19 @@ class FusedCoreAttention(MegatronModule):
 
         The inputs may have any strides with a contiguous last dimension; so may the output.
         Fewer queries than keys are the newest positions.  With `packed_seq_params` tokens see their
-        own document only; its boundaries count the tokens of all rows, row by row.
+        own document only; its boundaries count the tokens of all rows, row by row, and under
+        context parallelism those of one row.
 
         Raises:
-            LitesparkError: packed documents or a key/value cache under context parallelism, or a
-                part of the sequence that is no two chunks.
+            LitesparkError: a key/value cache under context parallelism or with documents, a part
+                of the sequence that is no two chunks, or documents that nobody cut into chunks.
         """
         if self.context_group.size() > 1:
-            if packed_seq_params is not None:
-                raise LitesparkError(
-                    "packed documents are not supported together with context parallelism yet"
-                )
-            return self._attend_over_ranks(query_sbnd, key_sbgd, value_sbgd)
+            chunks = _chunks(packed_seq_params, query_sbnd.size(1))
+            return self._attend_over_ranks(query_sbnd, key_sbgd, value_sbgd, chunks)
         documents = None
         if packed_seq_params is not None:
-            documents = _documents(packed_seq_params, query_sbnd.size(0) * query_sbnd.size(1))
+            documents = _documents(packed_seq_params, query_sbnd, key_sbgd)
         return self._attend_here(query_sbnd, key_sbgd, value_sbgd, documents)
 
     def _attend_here(
@@ -141,7 +141,11 @@ class FusedCoreAttention(MegatronModule):
         return output_bsnd.transpose(0, 1)
 
     def _attend_over_ranks(
-        self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor
+        self,
+        query_sbnd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        of_chunks: tuple[ChunkDocuments | None, ...],
     ) -> Tensor:
         size, rank = self.context_group.size(), self.context_group.rank()
         length = query_sbnd.size(0)
@@ -153,15 +157,20 @@ class FusedCoreAttention(MegatronModule):
         keys_cbgd = self._chunks_in_order(key_sbgd)
         values_cbgd = self._chunks_in_order(value_sbgd)
         outputs_cbnd = []
-        for query_cbnd, chunk in zip(
-            query_sbnd.split(length // 2), (rank, 2 * size - 1 - rank), strict=True
+        for query_cbnd, chunk, own in zip(
+            query_sbnd.split(length // 2), (rank, 2 * size - 1 - rank), of_chunks, strict=True
         ):
+            first_chunk, offset = divmod(0 if own is None else own.first_key, length // 2)
             # Joined from the chunks for each of the two: a slice of one joined tensor would have a
             # gradient as long as the whole sequence, zeros mostly.
             seen_sbgd, seen_values_sbgd = (
-                torch.cat(chunks[: chunk + 1]) for chunks in (keys_cbgd, values_cbgd)
+                torch.cat([chunks[first_chunk][offset:], *chunks[first_chunk + 1 : chunk + 1]])
+                for chunks in (keys_cbgd, values_cbgd)
             )
-            outputs_cbnd.append(self._attend_here(query_cbnd, seen_sbgd, seen_values_sbgd))
+            documents = None if own is None else own.documents
+            outputs_cbnd.append(
+                self._attend_here(query_cbnd, seen_sbgd, seen_values_sbgd, documents)
+            )
         return torch.cat(outputs_cbnd)
 
     def _chunks_in_order(self, local_sbgd: Tensor) -> list[Tensor]:
@@ -171,8 +180,28 @@ class FusedCoreAttention(MegatronModule):
         return [*chunks[0::2], *reversed(chunks[1::2])]  # ranks have r and 2*size-1-r
 
 
-def _documents(packed: PackedSeqParams, num_tokens: int) -> Documents:
+def _chunks(
+    packed: PackedSeqParams | None, num_rows: int
+) -> tuple[ChunkDocuments | None, ChunkDocuments | None]:
+    """The documents of a context-parallel rank's two chunks."""
+    if packed is None:
+        return None, None
+    if not isinstance(packed, DocumentBounds) or len(packed.chunks) != 2 or num_rows != 1:
+        raise LitesparkError(
+            "documents under context parallelism are the `DocumentBounds` of one row, cut for the "
+            "context-parallel group"
+        )
+    return packed.chunks[0], packed.chunks[1]
+
+
+def _documents(packed: PackedSeqParams, query_sbnd: Tensor, key_sbgd: Tensor) -> Documents:
     """Where documents begin; padding after one belongs to it, and causality hides it."""
+    num_tokens = query_sbnd.size(0) * query_sbnd.size(1)
+    if key_sbgd.size(0) != query_sbnd.size(0):
+        raise LitesparkError(
+            f"documents of {query_sbnd.size(0)} queries and {key_sbgd.size(0)} keys a row: they "
+            "have as many keys as queries"
+        )
     padded = packed.cu_seqlens_q_padded is not None
     marks = packed.cu_seqlens_q_padded if padded else packed.cu_seqlens_q
     if marks is None:

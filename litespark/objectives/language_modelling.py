@@ -2,8 +2,9 @@
 
 With document masks (a batch with `cu_seqlens`) the rows of a micro-batch are joined into one of
 b * s tokens, which changes nothing, because no document runs over the end of a row: attention sees
-one sequence of documents, and each token has its own place in its document for RoPE.  All stages
-of a pipeline then need the batch, not only the first and the last.
+one sequence of documents, and each token has its own place in its document for RoPE.  Context
+parallelism cuts that one row.  All stages of a pipeline then need the batch, not only the first and
+the last.
 
 Losses are summed over tokens and divided once, by the number of tokens of the whole global batch:
 only then is the result independent of how the batch is cut into micro-batches and ranks.
@@ -16,18 +17,19 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from litespark.errors import LitesparkError
+from litespark.modules.documents import document_bounds
 
 
 class LanguageBatch(Protocol):
     """One micro-batch; tokens_bs, labels_bs, position_ids_bs int64, loss_mask_bs fp32, [b, s].
 
-    `cu_seqlens` int32 [documents + 1]: where documents begin with the rows one after another; None
-    without document masks.
+    `cu_seqlens` int32 [documents + 1], on the CPU: where documents begin with the rows one after
+    another; None without document masks.
     """
 
     tokens_bs: Tensor
@@ -69,7 +71,13 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
         if batch.cu_seqlens is not None:
             parts = {name: part.view(1, -1) for name, part in parts.items()}
             packed_seq_params = document_bounds(
-                batch.cu_seqlens.to(device, non_blocking=True), batch.longest_document_tokens
+                batch.cu_seqlens,
+                batch.longest_document_tokens,
+                device,
+                context=(
+                    parallel_state.get_context_parallel_rank(),
+                    parallel_state.get_context_parallel_world_size(),
+                ),
             )
         parts = get_batch_on_this_cp_rank(parts)
         output = model(
@@ -83,21 +91,6 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
         return output, partial(token_sum, parts["loss_mask"])
 
     return forward_step
-
-
-def document_bounds(cu_seqlens: Tensor, longest_tokens: int) -> PackedSeqParams:
-    """What the layers are told of the documents of one row of tokens, [t, 1, h] in memory.
-
-    Not in megatron-core's own format "thd", for which its attention would drop the batch's
-    dimension and turn each document by a table of its own, read from the device one by one.
-    """
-    return PackedSeqParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest_tokens,
-        max_seqlen_kv=longest_tokens,
-    )
 
 
 def _no_loss_here(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -126,9 +126,14 @@ def test_documents_of_a_sample_are_those_documents_alone(backend, recompute, con
 
 
 def rotary_rank(rank, world_size, config_path, overrides):
-    """The angles that the first layer is given, those of positions 0, 1, ..., and the documents."""
+    """The angles that the first layer is given with its documents; the angles of positions 0, 1,
+    ...; and which of the tokens this rank has."""
+    import torch
+    from megatron.core import parallel_state
+
     from litespark.checkpoint.sharded import bare_model
     from litespark.config import load_config
+    from litespark.modules.core_attention import zigzag_positions
     from litespark.training.setup import set_up
     from litespark.training.step import train_step
 
@@ -144,22 +149,27 @@ def rotary_rank(rank, world_size, config_path, overrides):
     train_step(run)
     assert run.train_batches is not None
     run.train_batches.close()
-    table = model.rotary_pos_emb(64)[:, 0, 0].numpy()
-    return [(angles[:, 0, 0].numpy(), bounds) for angles, bounds in seen], table
+    table = model.rotary_pos_emb(64, packed_seq=True)[:, 0, 0].numpy()
+    group = parallel_state.get_context_parallel_group()
+    own = zigzag_positions(64 // group.size(), group.rank(), group.size(), torch.device("cpu"))
+    return [(angles[:, 0, 0].numpy(), bounds) for angles, bounds in seen], table, own.numpy()
 
 
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
-    [(1, ""), (2, "parallel.tensor=2 parallel.sequence=true"), (4, "parallel.pipeline=4")],
+    [
+        *((1, ""), (2, "parallel.tensor=2 parallel.sequence=true"), (4, "parallel.pipeline=4")),
+        (4, "parallel.context=2 parallel.pipeline=2"),
+    ],
 )
 def test_positions_begin_anew_on_every_stage(world_size, overrides, config_path):
     """Attention sees differences of positions only, so no loss would tell."""
     options = [MASK, *overrides.split()]
-    for seen, table in run_distributed(rotary_rank, world_size, config_path, options):
+    for seen, table, own in run_distributed(rotary_rank, world_size, config_path, options):
         assert len(seen) == 4
         for angles, bounds in seen:
-            places = [place for a, b in pairwise(bounds) for place in range(b - a)]
-            assert np.array_equal(angles, table[places])
+            places = np.array([place for a, b in pairwise(bounds) for place in range(b - a)])
+            assert np.array_equal(angles, table[places[own]])
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +183,18 @@ def test_the_mask_matters(config_path, single_process):
         assert_same(unmasked, single_process)
 
 
-REFERENCE_LAYOUTS = ["TP2+SP", "PP2 interleaved", "PP4", "TP2xDP2", "TP2+SP full recompute"]
+REFERENCE_LAYOUTS = [
+    *("TP2+SP", "PP2 interleaved", "PP4", "TP2xDP2", "TP2+SP full recompute", "CP2"),
+]
 FUSED_LAYOUTS = [
     *("TP2", "TP2xPP2+SP", "PP2 interleaved", "DP2", "DP2 distributed optimizer"),
-    *("DP2 overlapped", "PP2 selective recompute", "TP2+SP full recompute"),
+    *("DP2 overlapped", "PP2 selective recompute", "TP2+SP full recompute", "CP2"),
+    *("TP2xCP2+SP", "CP2xPP2 interleaved", "CP4", "CP2 full recompute"),
 ]
+CONTEXT_LAYOUTS = {
+    "CP4": (4, "parallel.context=4 batch.micro=4"),
+    "CP2 full recompute": (2, "parallel.context=2 training.recompute=full"),
+}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +205,7 @@ FUSED_LAYOUTS = [
     ],
 )
 def test_every_layout_equals_the_single_process(backend, name, config_path, single_process):
-    world_size, overrides = LAYOUTS.get(name, (1, ""))
+    world_size, overrides = (LAYOUTS | CONTEXT_LAYOUTS).get(name, (1, ""))
     options = [MASK, f"model.backend={backend}", *overrides.split()]
     histories = run_distributed(train_rank, world_size, config_path, options)
     assert all(history == histories[0] for history in histories), "ranks disagree on the loss"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +20,7 @@ from litespark.errors import LitesparkError
 from litespark.modules import fused_core_attention
 from litespark.modules.attention_backends import MathAttention
 from litespark.modules.core_attention import ReferenceCoreAttention, zigzag_positions
+from litespark.modules.documents import chunk_documents, document_bounds
 from litespark.modules.fused_core_attention import FusedCoreAttention
 from tests.support.spawn import run_distributed
 
@@ -223,6 +225,9 @@ def test_what_it_does_not_compute_is_refused():
         build(FusedCoreAttention, dropout=0.1)
     with pytest.raises(LitesparkError, match="bias"):
         build(FusedCoreAttention)(*inputs, None, attention_bias=torch.zeros(4, 4))
+    short = [inputs[0][:2], *inputs[1:]]
+    with pytest.raises(LitesparkError, match="as many keys as queries"):
+        build(FusedCoreAttention)(*short, None, packed_seq_params=packed([0, 2]))
     with pytest.raises(LitesparkError, match="cu_seqlens_q"):
         build(FusedCoreAttention)(*inputs, None, packed_seq_params=PackedSeqParams())
     forced = build(FusedCoreAttention, forced="flash-cute")
@@ -230,7 +235,26 @@ def test_what_it_does_not_compute_is_refused():
         forced(*inputs, None)
 
 
-def _context_parallel(rank, world_size, shape):
+@pytest.mark.parametrize("marks", [[0, 24], [0, 6, 12, 18, 24], [0, 1, 2, 9, 13, 14, 24]])
+def test_documents_of_a_chunk(marks):
+    """Against every query's document looked up by itself; its keys are those up to it."""
+    cu_seqlens = torch.tensor(marks, dtype=torch.int32)
+    document_of = np.repeat(np.arange(len(marks) - 1), np.diff(marks))
+    for number in range(4):
+        chunk = chunk_documents(cu_seqlens, number, 4)
+        queries = range(6 * number, 6 * number + 6)
+        touched = sorted({int(document_of[query]) for query in queries})
+        assert chunk.first_key == marks[touched[0]]
+        lengths = [int((document_of[list(queries)] == document).sum()) for document in touched]
+        keys = [min(marks[document + 1], queries[-1] + 1) - marks[document] for document in touched]
+        documents = chunk.documents
+        for found, expected in ((documents, lengths), (documents.of_keys, keys)):
+            assert found.cu_seqlens.dtype == torch.int32
+            assert found.cu_seqlens.diff().tolist() == expected
+            assert found.max_length == max(expected)
+
+
+def _context_parallel(rank, world_size, shape, marks=None):
     """This rank's chunks through both modules, and the same chunks of the whole sequence's."""
     from megatron_patches import apply_patches
 
@@ -240,15 +264,23 @@ def _context_parallel(rank, world_size, shape):
     whole = qkv(*shape)
     length = shape[0] // world_size
     own = zigzag_positions(length, rank, world_size, torch.device("cpu"))
+    everywhere, here = {}, {}
+    if marks is not None:
+        cu_seqlens = torch.tensor(marks, dtype=torch.int32)
+        longest = max(end - start for start, end in pairwise(marks))
+        everywhere = {"packed_seq_params": document_bounds(cu_seqlens, longest)}
+        here = {
+            "packed_seq_params": document_bounds(cu_seqlens, longest, context=(rank, world_size))
+        }
 
     def local_run(module):
         leaves = [tensor[own].requires_grad_() for tensor in whole]
-        output = module(*leaves, None)
+        output = module(*leaves, None, **here)
         output.backward(gradient[own])
         return [output.detach(), *(leaf.grad for leaf in leaves)]
 
     leaves = [tensor.detach().requires_grad_() for tensor in whole]
-    expected = build(ReferenceCoreAttention)(*leaves, None)
+    expected = build(ReferenceCoreAttention)(*leaves, None, **everywhere)
     gradient = torch.randn(
         expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype
     )
@@ -282,4 +314,19 @@ def test_context_parallel_chunks_are_those_of_the_whole(world_size, shape):
     for odd, cached, documents in run_distributed(_context_parallel, world_size, shape):
         assert "two chunks" in odd
         assert "two chunks" in cached
-        assert "not supported together with context parallelism" in documents
+        assert "cut for the context-parallel group" in documents
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "length", "marks"),
+    [
+        (2, 20, [0, 1, 6, 17, 20]),
+        (2, 20, [0, 5, 10, 15, 20]),
+        (2, 20, [0, 20]),
+        (4, 40, [0, 3, 4, 31, 37, 39, 40]),
+        (3, 24, [0, 2, 9, 10, 20, 24]),
+    ],
+)
+def test_documents_across_context_parallel_chunks(world_size, length, marks):
+    run_distributed(_context_parallel, world_size, (length, length, 1, 8, 2, 8), marks)

@@ -25,7 +25,6 @@ from litespark.modules.attention_backends import (
     BACKENDS,
     AttentionBackend,
     AttentionCase,
-    Documents,
     MathAttention,
 )
 from litespark.modules.attention_choice import (
@@ -34,6 +33,7 @@ from litespark.modules.attention_choice import (
     measure_on_gpu,
     random_inputs,
 )
+from litespark.modules.documents import Documents, chunk_documents
 from litespark.modules.fused_core_attention import FusedCoreAttention
 
 pytestmark = [
@@ -129,6 +129,21 @@ def test_values_and_gradients(backend, name):
     assert_close(
         results(backend, leaves, gradient_sbnd, documents),
         reference(leaves, gradient_sbnd, documents),
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_documents_of_a_chunk(backend, number):
+    """Queries of one chunk of four: documents begin before it, within it, and run on after it."""
+    case = replace(CASES["documents"], batch=1, q_length=256, kv_length=256)
+    skip_unless_supported(backend, case)
+    cu_seqlens = torch.tensor([0, 1, 130, 257, 700, 701, 1024], dtype=torch.int32)
+    chunk = chunk_documents(cu_seqlens, number, 4, torch.device("cuda"))
+    keys = replace(case, kv_length=256 * (number + 1) - chunk.first_key, variable_length=False)
+    *leaves, gradient_sbnd = random_inputs(keys, torch.device("cuda"))
+    assert_close(
+        results(backend, leaves, gradient_sbnd, chunk.documents),
+        reference(leaves, gradient_sbnd, chunk.documents),
     )
 
 

@@ -15,7 +15,6 @@ from litespark.modules.attention_backends import (
     BACKENDS,
     AttentionBackend,
     AttentionCase,
-    Documents,
     MathAttention,
 )
 from litespark.modules.attention_choice import (
@@ -26,6 +25,7 @@ from litespark.modules.attention_choice import (
     even_documents,
     random_inputs,
 )
+from litespark.modules.documents import Documents
 from tests.support.spawn import run_distributed
 
 H100 = AttentionCase(4, 4096, 4096, 16, 2, 128, torch.bfloat16, "cuda", (9, 0))

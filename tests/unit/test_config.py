@@ -154,11 +154,6 @@ def test_yaml_that_contains_itself(write):
         (1, ["parallel.overlap_param_gather=true"], ["overlap_grad_reduce"]),
         (1, ["training.eval_every=5", "data.split=[1,0,0]"], ["eval_every = 5"]),
         (
-            2,
-            ["data.document_mask=true", "parallel.context=2"],
-            ["data.document_mask = true with parallel.context = 2", "parallel.context=1"],
-        ),
-        (
             1,
             ["data.document_mask=true", "model.backend=te", "precision.mode=bf16"],
             ["data.document_mask = true with model.backend = te", "model.backend=auto"],
