@@ -125,6 +125,7 @@ class CheckpointSaver:
                 "the save of step %d waited %.1f s for the one before",
                 *(state.step, time.perf_counter() - started),
             )
+        self._job = None  # and with it the copy before, whose memory is used again
         copy = copy_to_host(run_tensors(chunks, optimizer), self._buffers)
         self._job = _Job(copy, json.dumps(random_states()), state, config_yaml, on_outcome)
         self._thread = threading.Thread(
