@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,15 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all threads and GPUs of th
 
 
 @dataclass(frozen=True)
+class CopySeconds:
+    """What training waited for: the ranks' agreement, host memory (the first time), the copy."""
+
+    plan: float
+    memory: float
+    transfer: float
+
+
+@dataclass(frozen=True)
 class HostCopy:
     """What one rank has to write: items with their data in host memory, a list a file.
 
@@ -54,6 +65,7 @@ class HostCopy:
     metadata: Metadata | None
     common: dict[str, Any]
     num_bytes: int
+    seconds: CopySeconds
 
 
 class HostBuffers:
@@ -98,7 +110,8 @@ class HostBuffers:
             self._block[first:stop].copy_(part, non_blocking=True)
             first = stop
         storage: Any = self._block.untyped_storage()[start:end]
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+        copied: Any = torch.empty(0, dtype=tensor.dtype)
+        return copied.set_(storage, 0, tensor.shape)
 
     def finish(self) -> None:
         """Wait until all copies are there."""
@@ -150,6 +163,7 @@ def _cudart() -> Any:
 
 def copy_to_host(state: dict[str, Any], buffers: HostBuffers) -> HostCopy:
     """Agree with all ranks on who writes what, and copy this rank's part; a collective call."""
+    times = [time.perf_counter()]
     sharded: Any
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -163,10 +177,12 @@ def copy_to_host(state: dict[str, Any], buffers: HostBuffers) -> HostCopy:
     plan = planner.finish_plan(plan)
     resolved = [(item, planner.resolve_data(item)) for item in plan.items]
     tensors = [data for _, data in resolved if isinstance(data, Tensor)]
+    times.append(time.perf_counter())
     buffers.reserve(
         sum(padded(_size_bytes(data)) for data in tensors),
         pinned=any(data.is_cuda for data in tensors),
     )
+    times.append(time.perf_counter())
     buckets: list[list[tuple[WriteItem, Tensor | io.BytesIO]]] = [[] for _ in range(FILES_PER_RANK)]
     sizes = [0] * FILES_PER_RANK
     for item, data in sorted(resolved, key=lambda each: -_size_bytes(each[1])):
@@ -175,7 +191,9 @@ def copy_to_host(state: dict[str, Any], buffers: HostBuffers) -> HostCopy:
         copied = buffers.copy(data) if isinstance(data, Tensor) else data
         buckets[lightest].append((item, copied))
     buffers.finish()
-    return HostCopy([bucket for bucket in buckets if bucket], metadata, common, sum(sizes))
+    times.append(time.perf_counter())
+    seconds = CopySeconds(*(end - start for start, end in pairwise(times)))
+    return HostCopy([bucket for bucket in buckets if bucket], metadata, common, sum(sizes), seconds)
 
 
 def write_shards(copy: HostCopy, folder: Path) -> tuple[dict[str, FileRecord], list[WriteResult]]:
