@@ -39,7 +39,13 @@ from litespark.checkpoint.folder import (
     publish_checkpoint,
     random_states_file,
 )
-from litespark.checkpoint.host_copy import HostBuffers, HostCopy, copy_to_host, write_shards
+from litespark.checkpoint.host_copy import (
+    CopySeconds,
+    HostBuffers,
+    HostCopy,
+    copy_to_host,
+    write_shards,
+)
 from litespark.checkpoint.integrity import FileRecord, record_of, write_file, write_marker
 from litespark.checkpoint.run_state import FILE_NAME, RunState
 from litespark.checkpoint.sharded import run_tensors
@@ -59,7 +65,8 @@ _SECONDS_BETWEEN_MESSAGES = 60.0
 class SaveOutcome:
     """How a save ended: the checkpoint, or the reason why there is none.
 
-    `num_bytes` is what all ranks wrote, `seconds` the time of the background's work.
+    `num_bytes` is what all ranks wrote, `seconds` the time of the background's work, and `copying`
+    what training waited for on this rank.
     """
 
     step: int
@@ -67,6 +74,7 @@ class SaveOutcome:
     problem: str
     num_bytes: int
     seconds: float
+    copying: CopySeconds
 
 
 @dataclass
@@ -125,6 +133,7 @@ class CheckpointSaver:
                 "the save of step %d waited %.1f s for the one before",
                 *(state.step, time.perf_counter() - started),
             )
+        self._job = None  # and with it the copy before, whose memory is used again
         copy = copy_to_host(run_tensors(chunks, optimizer), self._buffers)
         self._job = _Job(copy, json.dumps(random_states()), state, config_yaml, on_outcome)
         self._thread = threading.Thread(
@@ -170,6 +179,7 @@ class CheckpointSaver:
             problem=problem,
             num_bytes=num_bytes,
             seconds=time.perf_counter() - started,
+            copying=job.copy.seconds,
         )
         if job.on_outcome is not None:
             job.on_outcome(job.outcome)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.support.runs import config_tree, write_shard
@@ -38,10 +39,21 @@ class Gate:
         save.write_shards = self.write
 
     def write(self, copy: Any, folder: Path) -> Any:
+        before = contents(copy)
         assert self.opened.wait(60)
+        assert contents(copy) == before, "overwritten by the next save before it was written"
         if self.error is not None:
             raise self.error
         return self.original(copy, folder)
+
+
+def contents(copy: Any) -> list[bytes]:
+    items = [item for bucket in copy.buckets for _, item in bucket]
+    return [
+        item.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for item in items
+        if isinstance(item, torch.Tensor)
+    ]
 
 
 def start(config_path: str, overrides: list[str]) -> tuple[Any, Any, list[str]]:
@@ -133,18 +145,25 @@ def one_rank_lags_rank(
     from litespark.training.step import train_step
 
     run, hook, said = start(config_path, overrides)
+
+    def open_when_waited_for(gate: Gate) -> None:
+        while not run.progress.is_suspended:
+            time.sleep(0.01)
+        gate.opened.set()
+
     seen = []
     for step in (1, 2, 3):
         train_step(run)
         gate = Gate()
         if rank == 0 or step == 1:
             gate.opened.set()
-        else:
-            threading.Timer(1.0, gate.opened.set).start()
         hook.save(run)
+        if step == 1:
+            hook.saver.wait()
         time.sleep(0.3)  # rank 0 has long written its part
         dist.barrier()
         seen.append([name for name in names(run) if not name.endswith(".writing")])
+        threading.Thread(target=open_when_waited_for, args=(gate,), daemon=True).start()
     hook.save_now(run)
     run.train_batches.close()
     return [*seen, names(run), said]
@@ -152,15 +171,14 @@ def one_rank_lags_rank(
 
 def test_latest_waits_for_every_rank_and_a_save_for_the_one_before(config_path, tmp_path):
     options = [f"run.output_dir={tmp_path}", "checkpoint.keep_last=1"]
-    first, second, third, end, said = run_distributed(one_rank_lags_rank, 2, config_path, options)[
-        0
-    ]
+    found = run_distributed(one_rank_lags_rank, 2, config_path, options)
+    first, second, third, end, _ = found[0]
     assert first == ["latest", "step_000000001"]
     assert second == first, "the old one stays until the new one is durable on every rank"
     assert third == ["latest", "step_000000002"], "the third save waited for the second"
     assert end == ["latest", "step_000000003"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000000003\n"
-    waits = [line for line in said if "waited" in line and "for the one before" in line]
+    waits = [line for line in found[1][-1] if "waited" in line and "for the one before" in line]
     assert len(waits) == 1
     assert "the save of step 3 waited" in waits[0]
 
