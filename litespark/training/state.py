@@ -124,7 +124,7 @@ class TrainingRun:
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
     count over the whole run, resumed parts included; `judges` are asked before each update;
     `progress` says what this rank is doing, `forward_clock` how long its forward passes take;
-    `folder_lock` is held by the first rank.
+    `folder_lock` is held by the first rank; `has_trained` says that this process has made a step.
     """
 
     config: RunConfig
@@ -139,6 +139,7 @@ class TrainingRun:
     reads_tokens: bool
     step: int = 0
     consumed_samples: int = 0
+    has_trained: bool = False
     folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
     progress: Progress = field(default_factory=Progress)

@@ -191,6 +191,10 @@ def run_schedule(
     Under the interleaved schedule every chunk takes the micro-batches from its own iterator.
     """
     several = len(run.chunks) > 1
+    # A kernel's first use loads it, for which CUDA may wait until the device is idle.  While a
+    # receive is in flight that wait has no end: what it waits for can depend, over the other
+    # stages, on what this stage would do next.  So sends overlap once a step has used all kernels.
+    run.core_config.overlap_p2p_comm = several and run.has_trained and not forward_only
     iterators = [iter(micro_batches) for _ in run.chunks]
     schedule: Any = get_forward_backward_func()
     length, rows = run.config.data.sequence_length, run.config.batch.micro
@@ -212,6 +216,7 @@ def run_schedule(
         decoder_seq_length=length,
         forward_only=forward_only,
     )
+    run.has_trained = run.has_trained or not forward_only
     total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
     for report in reports:
         total += report["loss_and_tokens"]
