@@ -174,12 +174,15 @@ class WholeDocuments:
         documents = split = left_out = 0
         for lengths in blocks:
             documents += len(lengths)
-            split += int(np.count_nonzero(lengths > capacity))
-            left_out += int(np.count_nonzero(lengths < 2))
-            pieces = piece_counts(lengths, sequence_length)
-            last = lengths - (pieces - 1) * sequence_length
-            counts += length_counts(last[pieces > 0], capacity)
-            counts[capacity] += int(np.maximum(pieces - 1, 0).sum())
+            found = np.bincount(np.minimum(lengths, capacity + 1), minlength=capacity + 2)
+            left_out += int(found[:2].sum())
+            counts[2:] += found[2:-1]
+            # Few are longer, and only for those there is something to be worked out.
+            long = lengths[lengths > capacity]
+            split += len(long)
+            pieces = piece_counts(long, sequence_length)
+            counts += length_counts(long - (pieces - 1) * sequence_length, capacity)
+            counts[capacity] += int((pieces - 1).sum())
         return cls(
             sequence_length,
             documents,
