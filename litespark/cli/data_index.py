@@ -68,6 +68,7 @@ def run_index(args: argparse.Namespace) -> int:
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
+    from litespark.data.blend import packing_lines
     from litespark.data.sample_index import IndexCache
     from litespark.training.preflight import open_data
 
@@ -75,7 +76,10 @@ def run_index(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}", "is not a positive number", "Give 1 or more.")
     config = load_config(args.config, args.overrides)
-    requests = _requests(config, open_data(config), args.epochs)
+    blends = open_data(config)
+    for line in packing_lines(blends):
+        sys.stdout.write(f"{line}\n")
+    requests = _requests(config, blends, args.epochs)
     cache = IndexCache(config.data.index_cache)
 
     def find(request: OrderRequest) -> tuple[FoundOrder, float]:

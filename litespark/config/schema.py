@@ -185,6 +185,12 @@ class DataConfig(Section):
         "together, but at the ends that the shard's index knows and not at a token id. Also for "
         "validation; generating and exporting know no documents.",
     )
+    packing: Literal["stream", "whole"] = Field(
+        default="stream",
+        description="How documents become samples: `stream` joins them and cuts every "
+        "sequence_length tokens; `whole` fills samples with whole documents by best-fit "
+        "decreasing, and cuts only those longer than a sample. `whole` needs document_mask.",
+    )
     tokenizer: str | None = Field(
         default=None,
         description="Tokenizer folder or file; copied into exports, used by `generate`.",

@@ -276,6 +276,12 @@ def _check_documents(config: RunConfig) -> Iterator[UserError]:
             "is not supported: document masks are computed by the backends triton and reference",
             "Set model.backend=auto, or data.document_mask=false.",
         )
+    if config.data.packing == "whole" and not config.data.document_mask:
+        yield UserError(
+            "data.packing = whole with data.document_mask = false",
+            "would let the documents that share a sample see each other",
+            "Set data.document_mask=true, or data.packing=stream.",
+        )
 
 
 def _check_training(config: RunConfig) -> Iterator[UserError]:

@@ -100,7 +100,15 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     check_tokenizer(entries, config.model.vocab_size, identity, path)
     evaluates = config.training.eval_every is not None
     parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
-    train, *rest = open_blends(entries, data.split, parts, data.sequence_length, config.seed, cache)
+    train, *rest = open_blends(
+        entries,
+        data.split,
+        parts,
+        data.sequence_length,
+        config.seed,
+        cache,
+        whole_documents=data.packing == "whole",
+    )
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return train, rest[0] if evaluates else None

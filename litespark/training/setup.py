@@ -29,6 +29,7 @@ from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
+from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.backends import backend_for
@@ -68,6 +69,8 @@ def set_up(config: RunConfig) -> TrainingRun:
     _resume(run, checked)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
+        for line in packing_lines((checked.train, checked.validation)):
+            logger.info("data: %s", line)
     if run.reads_tokens:
         run.train_batches = batch_loader(run, checked.train)
     return run
@@ -289,8 +292,8 @@ def _tell_differences(run: TrainingRun, state: RunState, *, same_layout: bool) -
             RankLayout(**state.layout).describe(),
         )
     now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
-    saved = state.data | {"seed": state.seed}
-    for key in ("blend", "split", "sequence_length", "seed"):
+    saved = {"packing": "stream"} | state.data | {"seed": state.seed}
+    for key in ("blend", "split", "sequence_length", "packing", "seed"):
         if now[key] != saved[key]:
             logger.warning(
                 "%s was %s and is %s: samples from number %d on are not those that an "
