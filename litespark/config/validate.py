@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from litespark.config.schema import PrecisionConfig, RunConfig
@@ -31,7 +32,21 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_documents(config),
         *_check_training(config),
         *_check_resilience(config),
+        *_check_stores(config),
     ]
+
+
+def _check_stores(config: RunConfig) -> Iterator[UserError]:
+    mirror, resume = config.checkpoint.mirror, config.run.resume
+    for key, value in (("checkpoint.mirror", mirror), ("run.resume", resume)):
+        if value is None or (key == "run.resume" and "://" not in value):
+            continue
+        if not re.fullmatch(r"s3://[^/]+/.*[^/].*", value):
+            yield UserError(
+                f"{key} = {value}",
+                "is no place in an object store",
+                "Give s3://BUCKET/NAME; for other stores set AWS_ENDPOINT_URL.",
+            )
 
 
 def _check_degrees(config: RunConfig, world_size: int) -> Iterator[UserError]:

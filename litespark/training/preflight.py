@@ -7,17 +7,20 @@ message; every rank runs them again, because on many nodes each sees its own fil
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.folder import find_checkpoint, newest_first
+from litespark.checkpoint.mirror import remote_checkpoints
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
 from litespark.data.sample_index import IndexCache
+from litespark.data.storage import is_remote, require_storage
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import MissingExtraError, UserError
 
@@ -44,6 +47,8 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     check_config(config, world_size)
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
+    if config.checkpoint.mirror is not None or is_remote(config.run.resume):
+        require_storage()
     train, validation = open_data(config)
     candidates = checkpoint_candidates(config)
     checkpoint = first_intact(candidates)
@@ -63,7 +68,7 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
     """
     checkpoints = Path(config.run.output_dir) / "checkpoints"
     own = newest_first(checkpoints)
-    if config.run.resume == "auto":
+    if config.run.resume == "auto" or is_remote(config.run.resume):
         return own
     if config.run.resume == "never":
         if own:
@@ -77,6 +82,34 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
     is_own = wanted.resolve().parent == checkpoints.resolve()
     # Another run's checkpoint is where this run starts; restarted, it goes on from its own.
     return [wanted] if is_own or not own else own
+
+
+def remote_candidates(config: RunConfig, local: Sequence[Path]) -> list[str]:
+    """Checkpoints in a store that a run begins with when there are no local ones, best first.
+
+    They are those of `run.resume`, if that is in a store, else of the run's own mirror.
+
+    Raises:
+        UserError: the store cannot be asked, or holds none, or holds some that must not be there.
+    """
+    resume, mirror = config.run.resume, config.checkpoint.mirror
+    place = resume if is_remote(resume) else mirror
+    if place is None or local:
+        return []
+    found = remote_checkpoints(place)
+    if place == resume and not found:
+        raise UserError(
+            f"run.resume = {resume}",
+            "holds no complete checkpoint",
+            "Give what was checkpoint.mirror of a run, or one of its step_... folders.",
+        )
+    if resume == "never" and found:
+        raise UserError(
+            "run.resume = never",
+            f"checkpoint.mirror already holds {found[0]}",
+            "Set run.resume=auto to go on from it, or give another checkpoint.mirror.",
+        )
+    return found
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:

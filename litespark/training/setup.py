@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -25,12 +26,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.choose import newest_whole
 from litespark.checkpoint.load import load_checkpoint, load_random_states
+from litespark.checkpoint.mirror import fetch_first_whole
 from litespark.checkpoint.run_state import RunState, check_same_model
+from litespark.checkpoint.save import NO_LIMIT
 from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
 from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
+from litespark.data.storage import is_remote
 from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
@@ -46,7 +50,7 @@ from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
-from litespark.training.preflight import Preflight, preflight
+from litespark.training.preflight import Preflight, preflight, remote_candidates
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
@@ -66,7 +70,7 @@ def set_up(config: RunConfig) -> TrainingRun:
     run = build_run(config, process)
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
-    _resume(run, checked)
+    _resume(run, _candidates(run, checked))
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
         for line in packing_lines((checked.train, checked.validation)):
@@ -263,8 +267,33 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
     return state
 
 
-def _resume(run: TrainingRun, checked: Preflight) -> None:
-    checkpoint = newest_whole(checked.candidates, verify=run.config.checkpoint.verify)
+def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
+    """The checkpoints to resume from; where there are none here, one is fetched from a store.
+
+    Raises:
+        LitesparkError: on every rank alike, if the store cannot be read or holds damaged ones only.
+    """
+    if run.config.checkpoint.mirror is None and not is_remote(run.config.run.resume):
+        return checked.candidates
+    candidates, error = checked.candidates, None
+    if run.process.is_first:
+        try:
+            remotes = remote_candidates(run.config, candidates)
+            if remotes:
+                candidates = [fetch_first_whole(remotes, run.folder / "checkpoints")]
+        except LitesparkError as found:
+            error = found
+    # A transfer takes as long as it takes.
+    group: Any = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    candidates, error = gather_objects((candidates, error), group)[0]
+    if error is not None:
+        error.on_every_rank = True
+        raise error
+    return candidates
+
+
+def _resume(run: TrainingRun, candidates: list[Path]) -> None:
+    checkpoint = newest_whole(candidates, verify=run.config.checkpoint.verify)
     if checkpoint is None:
         run.record_event("started", f"{run.layout.describe()}, from initial weights")
         return
