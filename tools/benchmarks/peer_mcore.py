@@ -175,7 +175,7 @@ def build(args: argparse.Namespace, model: ModelConfig, layout: RankLayout) -> t
         overlap_param_gather=overlap,
     )
     stages = list(range(args.virtual)) if args.virtual > 1 else [None]
-    chunks = [
+    chunks: list[Any] = [
         DistributedDataParallel(
             config,
             ddp_config,
