@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.benchmarks import multi_gpu, multi_gpu_lanes
 from tools.benchmarks.multi_gpu_cases import Case, Lane, Layout, full, layouts_to_check, smoke
@@ -139,6 +140,23 @@ def test_a_hang_is_ended_and_the_time_is_kept(place):
     assert "took over 1 s" in found["a"]["problem"]
     assert "the time was over" in found["b"]["problem"]
     assert found["c"]["problem"].startswith("not run")
+
+
+def test_what_a_case_leaves_behind_is_found():
+    from litespark.ops.formats import Fp8Matrix
+    from litespark.training.optimizer import FusedAdamW
+    from tools.benchmarks.multi_gpu_rank import _large_tensors
+
+    master, moment, rows, scale = (torch.zeros(2) for _ in range(4))
+    adam = FusedAdamW([{"params": [master]}], {})
+    adam.state[master] = {"exp_avg": moment}
+    for found, expected in (
+        (adam, [master, moment]),
+        (Fp8Matrix(rows, None, scale), [rows, scale]),
+        ("another object", []),
+    ):
+        held = _large_tensors(found)
+        assert [tensor.data_ptr() for tensor in held] == [t.data_ptr() for t in expected]
 
 
 def losses(name: str, values: list[float], reference: str | None = None) -> dict:
