@@ -288,6 +288,7 @@ def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
         grouped.bench("bf16", Layout(tensor=4), gpus),
         short.bench("bf16", deep, gpus),
         short.bench("fp8", Layout(tensor=2), gpus),
+        PAPER_3B_IN_TURN.bench("fp8", one, gpus, *IN_TURN),
     ]
     phases.append(_alone(main, 0.6))
     if has_peer:
@@ -334,6 +335,7 @@ def _full_on_two(*, has_peer: bool) -> list[Phase]:
         PAPER_3B_LONG.bench("fp8", long, 2),
         *(PAPER_3B.bench("bf16", layout, 2) for layout in (one, split)),
         checkpoint(2, *BIG_CHECKPOINT),
+        PAPER_3B_IN_TURN.bench("fp8", one, 2, *IN_TURN),
         PAPER_3B.bench("bf16", deep, 2),
     ]
     losses = [
