@@ -130,6 +130,9 @@ PAPER_3B_LONG = replace(
     overrides=("max_sequence_length=32768",),
     prefix="s 32768, ",
 )
+# What overlapping is worth: the same with gradients reduced and weights gathered by themselves.
+PAPER_3B_IN_TURN = replace(PAPER_3B, prefix="no overlap, ")
+IN_TURN = ("parallel.overlap_param_gather=false", "parallel.overlap_grad_reduce=false")
 PAPER_30B = Shape(
     "paper-30b", 4096, {"fp8": 1, "bf16": 1}, 65536, warmup=2, steps=3, prefix="30b, "
 )
