@@ -8,7 +8,6 @@ processes, patches, user's mistakes, groups, seed, model, optimizer, data, check
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -82,9 +81,6 @@ def set_up(config: RunConfig) -> TrainingRun:
 
 def start_processes(config: RunConfig) -> Process:
     """Join the process group and apply the patches to megatron-core that this device needs."""
-    # One hardware queue keeps the order in which kernels and collectives were launched, which is
-    # how megatron-core overlaps them; it is read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     process = start_process_group(config.resilience.collective_timeout_seconds)
     apply_patches(process.device.type)
     return process

@@ -130,6 +130,9 @@ PAPER_3B_LONG = replace(
     overrides=("max_sequence_length=32768",),
     prefix="s 32768, ",
 )
+# What overlapping is worth: the same with gradients reduced and weights gathered by themselves.
+PAPER_3B_IN_TURN = replace(PAPER_3B, prefix="no overlap, ")
+IN_TURN = ("parallel.overlap_param_gather=false", "parallel.overlap_grad_reduce=false")
 PAPER_30B = Shape(
     "paper-30b", 4096, {"fp8": 1, "bf16": 1}, 65536, warmup=2, steps=3, prefix="30b, "
 )
@@ -224,16 +227,9 @@ def smoke(gpus: int, *, has_peer: bool) -> list[Phase]:
     """Every path once, small: do layouts agree, do the measurements run?"""
     model, steps = "llama-160m", 5
     one = Layout()
-    phases = [
-        Phase(
-            tuple(
-                Lane(n, (learning(p, one, 1, preset=m, steps=steps),))
-                for n, (p, m) in enumerate(
-                    [("fp32", "tiny"), ("bf16", model), ("fp8", model)][:gpus]
-                )
-            )
-        )
-    ]
+    kinds = [("fp32", "tiny"), ("bf16", model), ("fp8", model)]
+    references = [learning(p, one, 1, preset=preset, steps=steps) for p, preset in kinds]
+    phases = [_beside(references, gpus)]
     checks = list(layouts_to_check(gpus))
     several = [
         *(learning("fp32", layout, gpus, preset="tiny", steps=steps) for layout in checks),
@@ -275,16 +271,13 @@ def on_cpu(gpus: int) -> list[Phase]:
 
 def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
     """The matrix, the most telling first."""
+    if gpus < 4:
+        return _full_on_two(has_peer=has_peer)
     one, shapes = Layout(), (PAPER_3B, PAPER_3B_4_GROUPS, PAPER_3B_LONG)
     short, grouped, long = shapes
     alone = [short.bench("fp8", one, 1), short.bench("bf16", one, 1)]
     alone += [short.peer(p, one, 1) for p in ("fp8", "bf16")] if has_peer else []
     phases = [_beside(alone, gpus, 0.22)]
-    if gpus < 4:
-        two = [one, Layout(tensor=2), Layout(pipeline=2, virtual=2)]
-        phases.append(_alone([*_both(short, two, 2), long.bench("fp8", Layout(context=2), 2)], 0.6))
-        phases += [_alone([short.peer("fp8", x, 2) for x in two], 0.8)] if has_peer else []
-        return [*phases, *_reliability(2)]
     wide = Layout(tensor=2, pipeline=2, virtual=2)
     deep = Layout(pipeline=4, virtual=7)
     if gpus == 8 and memory_gib > 100:
@@ -298,6 +291,7 @@ def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
         grouped.bench("bf16", Layout(tensor=4), gpus),
         short.bench("bf16", deep, gpus),
         short.bench("fp8", Layout(tensor=2), gpus),
+        PAPER_3B_IN_TURN.bench("fp8", one, gpus, *IN_TURN),
     ]
     phases.append(_alone(main, 0.6))
     if has_peer:
@@ -332,9 +326,40 @@ def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
     return phases
 
 
-def _both(shape: Shape, layouts: Sequence[Layout], gpus: int) -> Iterator[Case]:
-    for precision in ("fp8", "bf16"):
-        yield from (shape.bench(precision, layout, gpus) for layout in layouts)
+def _full_on_two(*, has_peer: bool) -> list[Phase]:
+    one, long = Layout(), Layout(context=2)
+    split, deep = Layout(tensor=2), Layout(pipeline=2, virtual=7)
+    alone = [
+        *(PAPER_3B.bench(precision, one, 1) for precision in ("fp8", "bf16")),
+        *(learning(p, one, 1, preset="llama-160m", steps=20) for p in ("bf16", "fp8")),
+    ]
+    main = [
+        *(PAPER_3B.bench("fp8", layout, 2) for layout in (one, split, deep)),
+        PAPER_3B_LONG.bench("fp8", long, 2),
+        *(PAPER_3B.bench("bf16", layout, 2) for layout in (one, split)),
+        checkpoint(2, *BIG_CHECKPOINT),
+        PAPER_3B_IN_TURN.bench("fp8", one, 2, *IN_TURN),
+        PAPER_3B.bench("bf16", deep, 2),
+    ]
+    losses = [
+        learning(precision, layout, 2, preset="llama-160m", steps=20)
+        for layout in (split, deep_enough(deep), long, one)
+        for precision in ("bf16", "fp8")
+    ]
+    peers = [PAPER_3B.peer("fp8", one, 2), PAPER_3B.peer("fp8", split, 2)]
+    peers.append(PAPER_3B.peer("bf16", one, 2))
+    return [
+        _beside(alone, 2, 0.28),
+        _alone(main, 0.66),
+        _alone(peers if has_peer else [], 0.82),
+        # Nothing is timed here but a restart, in whole seconds.
+        Phase((Lane(0, tuple(losses)), Lane(0, (kill(2),)))),
+    ]
+
+
+def deep_enough(layout: Layout) -> Layout:
+    """The same with as many chunks as the eight layers of the comparison of losses allow."""
+    return replace(layout, virtual=8 // (2 * layout.pipeline))
 
 
 def _paper_30b() -> Iterator[Case]:
@@ -342,7 +367,3 @@ def _paper_30b() -> Iterator[Case]:
     for layout in (Layout(tensor=4), Layout(tensor=2, pipeline=4, virtual=5), Layout(tensor=8)):
         for precision in ("fp8", "bf16"):
             yield PAPER_30B.bench(precision, layout, 8)
-
-
-def _reliability(gpus: int) -> list[Phase]:
-    return [_alone([checkpoint(gpus, *BIG_CHECKPOINT)], 0.9), _alone([kill(gpus)])]

@@ -98,11 +98,14 @@ def run_lane(lane: Lane, place: Place, report: Report, deadline: float) -> None:
         if time.monotonic() >= deadline:
             report.add(remaining.pop(0), problem="not run: the time was over")
             continue
-        # Cases of one size share their processes.
-        kind = (remaining[0].ranks, remaining[0].kind == "peer")
-        same = [c for c in remaining if (c.ranks, c.kind == "peer") == kind]
+        same = [c for c in remaining if _needs(c) == _needs(remaining[0])]
         done = Group(same, lane.first, place, report, deadline).run()
         remaining = [case for case in remaining if case.name not in done]
+
+
+def _needs(case: Case) -> tuple[int, int, bool]:
+    """Cases that need the same share their processes."""
+    return case.ranks, case.gpus, case.kind == "peer"
 
 
 class Group:

@@ -49,6 +49,9 @@ def main() -> int:
 def _import_what_takes_long(kind: str) -> None:
     """Before the first case begins, so that its time is its own."""
     if kind == "peer":
+        from tools.benchmarks.peer_mcore import provide_weight_gradient_products
+
+        provide_weight_gradient_products()  # megatron-core looks for them when it is imported
         import megatron.core.models.gpt  # noqa: F401
         import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
     elif kind != "kill":
@@ -65,13 +68,37 @@ def _tell(progress: Path, line: Record) -> None:
 
 
 def _leaves_memory() -> bool:
+    """Free what a case has left; whether much is left all the same.
+
+    A model whose gradients are reduced during backward outlives its last name: DDP's hooks hold it
+    by way of nodes of autograd, into which Python's collector cannot see.  So the memory of what is
+    large is given back and the objects stay.
+    """
     torch = sys.modules.get("torch")
     gc.collect()
     if torch is None or not torch.cuda.is_available():
         return False
+    for tensor in [tensor for found in gc.get_objects() for tensor in _large_tensors(found)]:
+        if tensor.is_cuda:
+            tensor.untyped_storage().resize_(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() > _LEFT_BYTES
+
+
+def _large_tensors(found: Any) -> list[Any]:
+    """The tensors of a left object, where it is of a kind that holds much."""
+    kind = type(found).__name__
+    if kind == "_ParamAndGradBuffer":
+        held = [found.param_data, found.grad_data]
+    elif kind in ("FusedAdamW", "FusedAdam"):
+        masters = [master for group in found.param_groups for master in group["params"]]
+        held = [*masters, *(value for state in found.state.values() for value in state.values())]
+    elif kind in ("Fp8Matrix", "BlockScaledMatrix"):
+        held = list(vars(found).values())
+    else:
+        return []
+    return [value for value in held if hasattr(value, "untyped_storage")]
 
 
 def _parsed(words: list[str]) -> tuple[argparse.Namespace, Any]:

@@ -173,9 +173,10 @@ def build(args: argparse.Namespace, model: ModelConfig, layout: RankLayout) -> t
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
+        fp8_param_gather=args.precision == "fp8" and args.fp8_param,
     )
     stages = list(range(args.virtual)) if args.virtual > 1 else [None]
-    chunks = [
+    chunks: list[Any] = [
         DistributedDataParallel(
             config,
             ddp_config,
