@@ -24,7 +24,7 @@ from litespark.checkpoint.sharded import (
     bare_model,
     check_readable,
     load_sharded,
-    loadable_state,
+    model_state,
     requested_keys,
     run_tensors,
     stored_keys,
@@ -137,6 +137,6 @@ def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunStat
         UserError: the checkpoint cannot be read or does not fit.
     """
     check_readable(checkpoint)
-    loaded = load_sharded(loadable_state(chunks), checkpoint / STATE)
+    loaded = load_sharded(model_state(chunks), checkpoint / STATE)
     _load_chunks(chunks, loaded)
     return RunState.read(checkpoint)

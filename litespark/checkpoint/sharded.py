@@ -49,12 +49,19 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Sharded state of this rank's model chunks, one entry a chunk."""
-    metadata = sharding_metadata()
-    return {
-        f"model{number}": bare_model(chunk).sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(chunks)
-    }
+    """Sharded state of this rank's model chunks, one entry a chunk; to load weights into.
+
+    In place of weights that exist in FP8 alone stand BF16 tensors, which are `pending` until the
+    optimizer's `reload_model_params` makes masters of them.
+    """
+    state = _parameters(chunks)
+    for chunk, entries in zip(chunks, state.values(), strict=True):
+        for name, entry in entries.items():
+            if _is_in_fp8(entry):
+                entries[name] = _with_data_of(entry, torch.bfloat16)
+                pending = bare_model(chunk).policy.primary.pending
+                pending[entry.data] = entries[name].data
+    return state
 
 
 def run_tensors(
@@ -67,7 +74,7 @@ def run_tensors(
     What is loaded from a checkpoint with fp32 masters into fp32 weights is the masters.  From one
     without, written in fp32, its weights are loaded as fp32 tensors in place of other weights.
     """
-    state = model_state(chunks)
+    state = _parameters(chunks)
     shards = optimizer_tensors(state, optimizer, stored)
     if stored is not None:
         dict_list_map_inplace(lambda entry: _as_stored(entry, stored), state)
@@ -78,20 +85,13 @@ def run_tensors(
     return state
 
 
-def loadable_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Like `model_state`, to load weights into without an optimizer's state.
-
-    In place of weights that exist in FP8 alone stand BF16 tensors, which are `pending` until the
-    optimizer's `reload_model_params` makes masters of them.
-    """
-    state = model_state(chunks)
-    for chunk, entries in zip(chunks, state.values(), strict=True):
-        for name, entry in entries.items():
-            if _is_in_fp8(entry):
-                entries[name] = _with_data_of(entry, torch.bfloat16)
-                pending = bare_model(chunk).policy.primary.pending
-                pending[entry.data] = entries[name].data
-    return state
+def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The same with the parameters as they are."""
+    metadata = sharding_metadata()
+    return {
+        f"model{number}": bare_model(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
 
 
 def _is_in_fp8(entry: Any) -> bool:

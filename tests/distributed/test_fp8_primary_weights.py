@@ -234,6 +234,10 @@ def test_goes_on_from_another_precision(written_in, config_path, single, tmp_pat
     target = [f"run.output_dir={tmp_path / 'run'}"]
     options = [*target, f"precision.mode={written_in}", "parallel.tensor=2"]
     run_distributed(train_and_save_rank, 2, config_path, options, 3)
+    load = functools.partial(run_distributed, loaded_rank, 1, config_path)
+    masters = load([*target, "precision.mode=fp32"], None)[0]
+    for precision in (["precision.mode=bf16"], FP8):
+        assert_equal(load([*target, *precision], None)[0], masters)
     found = run_distributed(checked_rank, 2, config_path, [*FP8, *target])[0]
     assert_close(found, single[3:], 2e-3)
 
