@@ -30,8 +30,9 @@ class RunState:
     """Where a run stood when its checkpoint was written.
 
     `optimizer_step` counts the updates, which a guard may have let fall behind the steps;
-    `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far;
-    `bf16_layers` the layers, counted from 1, that the FP8 guard has moved to BF16.
+    `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far, and the
+    scale of each weight that exists in FP8 alone; `bf16_layers` the layers, counted from 1, that
+    the FP8 guard has moved to BF16.
     """
 
     format_version: int

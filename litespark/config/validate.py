@@ -203,6 +203,7 @@ def _check_fp8_options(config: RunConfig) -> Iterator[UserError]:
     recipe = precision.recipe
     where = f"precision.recipe = {recipe}" + (" and model.backend = te" if is_te else "")
     options = (
+        ("primary_weights", recipe != "blockwise" and not is_te),
         ("margin", recipe == "delayed" or (recipe == "tensorwise" and not is_te)),
         ("fc1_output", precision.fc1_output != "fp8" or (recipe == "delayed" and not is_te)),
         ("fast_accumulation", recipe != "blockwise" and not is_te),

@@ -37,6 +37,7 @@ from litespark.data.storage import is_remote
 from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
+from litespark.models.primary_weights import gather_fp8_as_bytes, keep_weights_in_fp8
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.language_modelling import language_modelling_step
 from litespark.parallel.groups import (
@@ -177,16 +178,22 @@ def _build_model(
     )
     chunks = build_chunks(config, core_config)
     is_half = core_config.bf16
-    return [
+    modules = [Float16Module(core_config, chunk) if is_half else chunk for chunk in chunks]
+    if config.precision.mode == "fp8" and config.precision.primary_weights == "fp8":
+        keep_weights_in_fp8(chunks)  # after what makes all parameters BF16
+    wrapped = [
         DistributedDataParallel(
             config=core_config,
             ddp_config=ddp_config,
-            module=Float16Module(core_config, chunk) if is_half else chunk,
+            module=module,
             # Chunks after the first are not on the critical path: buckets would only split them.
             disable_bucketing=number > 0,
         )
-        for number, chunk in enumerate(chunks)
+        for number, module in enumerate(modules)
     ]
+    for chunk in wrapped:
+        gather_fp8_as_bytes(chunk)
+    return wrapped
 
 
 def _connect(
@@ -259,6 +266,7 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
         raise
     run.step = state.step
     run.policy.load_state(state.fp8_scales)
+    run.optimizer.write_fp8_weights()
     run.policy.weights_changed()
     return state
 

@@ -202,7 +202,7 @@ def _report_sending(run: TrainingRun, outcome: SendOutcome) -> None:
 
 
 def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:
-    """The delayed scales of all pipeline stages; ranks beside each other have the same."""
+    """The FP8 scales of all pipeline stages; ranks beside each other have the same."""
     if run.config.precision.mode != "fp8":
         return {}
     place = run.layout.coordinates(run.process.rank)
