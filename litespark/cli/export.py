@@ -6,7 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from litespark.cli.arguments import add_checkpoint_argument, add_command, open_checkpoint
+from litespark.cli.arguments import (
+    add_checkpoint_argument,
+    add_command,
+    add_verify_arguments,
+    open_checkpoint,
+)
 from litespark.errors import ExitCode
 
 _DESCRIPTION = """\
@@ -23,10 +28,11 @@ it is OUT_DIR.partial, with which --resume goes on.
 
 _EPILOG = """\
 examples:
-  litespark export runs/tiny exported/tiny
+  litespark export runs/tiny exported/tiny --verify
   litespark export runs/tiny/checkpoints/step_000000100 exported/tiny --dtype float32
 
-exit codes: 0 done, 2 the checkpoint, OUT_DIR or an option is wrong, 1 anything else (disk full).
+exit codes: 0 done, 2 the checkpoint, OUT_DIR or an option is wrong, 1 anything else (disk full,
+--verify found another model).
 """
 
 
@@ -67,6 +73,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="go on with what an export that was cut short has left in OUT_DIR.partial; the "
         "result has the same bytes",
     )
+    add_verify_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,4 +101,11 @@ def run(args: argparse.Namespace) -> int:
         f"{exported.num_bytes / 1e6:,.1f} MB in {len(exported.weight_files)} file(s), "
         f"{'with' if exported.has_tokenizer else 'without'} tokenizer, from {checkpoint}"
     )
+    if args.verify:
+        from litespark.checkpoint.hf.verify import verify
+
+        text_file = Path(args.verify_text) if args.verify_text else None
+        with single_process():
+            result = verify(checkpoint, exported.folder, exported.folder, text_file=text_file)
+        print(result.describe())  # noqa: T201
     return ExitCode.DONE

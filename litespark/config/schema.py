@@ -173,6 +173,13 @@ class CheckpointConfig(Section):
         ge=1,
         description="Beside the newest, keep those whose step is a multiple of this; in steps.",
     )
+    export_hf_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Beside the checkpoints of these steps write Hugging Face folders, "
+        "<output_dir>/hf/step_...: a process of its own does it, training waits for none. A "
+        "multiple of training.save_every; in steps. null: never.",
+    )
     asynchronous: bool = Field(
         default=True,
         description="Write in the background; training waits for the copy to host memory only.",

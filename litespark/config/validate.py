@@ -31,6 +31,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_lengths(config),
         *_check_documents(config),
         *_check_training(config),
+        *_check_exports(config),
         *_check_resilience(config),
     ]
 
@@ -287,6 +288,17 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"training.eval_every = {training.eval_every}",
             "evaluates, and data.split leaves nothing for validation",
             "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
+
+
+def _check_exports(config: RunConfig) -> Iterator[UserError]:
+    every, saved = config.checkpoint.export_hf_every, config.training.save_every
+    if every is not None and (saved is None or every % saved):
+        yield UserError(
+            f"checkpoint.export_hf_every = {every}",
+            "exports checkpoints, and is no multiple of training.save_every = "
+            f"{'null' if saved is None else saved}",
+            f"Set training.save_every={every}, or a divisor of it.",
         )
 
 

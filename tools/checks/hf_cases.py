@@ -126,12 +126,14 @@ def largest_differences_rank(
 
     from litespark.config.schema import ParallelConfig
     from litespark.parallel.groups import start_model_parallel, start_process_group
+    from litespark.parallel.rng import seed_all
     from megatron_patches import apply_patches
 
     process = start_process_group(120.0)
     apply_patches(process.device.type)
     parallel = ParallelConfig.model_validate(layout)
     start_model_parallel(parallel, 120.0)
+    seed_all(0)
     found = {}
     for case in cases:
         expected = load_file(Path(case.folder) / LOGITS)

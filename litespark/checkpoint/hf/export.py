@@ -220,9 +220,8 @@ class _Blocks:
         # The largest tensors of all: piece by piece.
         self.last.forget()
         reader, (run,) = self.last.reader, runs
-        cuts = [cut for cut in reader.cuts(self.entry) if cut < run.num_rows]
-        for start, stop in zip(cuts, [*cuts[1:], run.num_rows], strict=True):
-            yield reader.read(self.entry, self.layer, start, stop)
+        for _, rows in reader.pieces(self.entry, run.num_rows):
+            yield rows
 
 
 def _describe(staging: Staging, state: RunState, dtype_name: str) -> None:

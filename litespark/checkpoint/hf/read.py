@@ -4,7 +4,7 @@ A checkpoint is one whole tensor for each kind of weight, with a leading axis fo
 in pieces: each rank wrote what it held.  The index (`.metadata`) says which piece lies where in
 which file.  To read some rows of one layer, take the pieces that overlap them and copy each into
 its place; which ranks there were does not matter.  A piece can only be read as a whole, so a tensor
-that is wanted in parts is best read along the borders of its pieces (`cuts`).
+that is too large to be held as one is read along the borders of its pieces (`pieces`).
 
 The index is a pickle: read it where the patch `safe_checkpoint_metadata` is in place, as it is
 inside `litespark.training.single.single_process`.
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from litespark.checkpoint.folder import STATE
 from litespark.checkpoint.hf.family import Family
-from litespark.checkpoint.hf.table import Entry
+from litespark.checkpoint.hf.table import Entry, stored_tensors
 from litespark.checkpoint.integrity import is_inside
 from litespark.config.schema import ModelConfig
 from litespark.errors import UserError
@@ -125,22 +125,20 @@ class CheckpointReader:
             raise self._unusable(f"{entry.key} is not there as a whole")
         return room.view(sizes)
 
-    def cuts(self, entry: Entry) -> list[int]:
-        """The rows at which pieces of a tensor outside the layers begin or end, 0 included."""
+    def pieces(self, entry: Entry, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """The first rows of a tensor outside the layers, piece by piece, each with its first row.
+
+        Raises:
+            UserError: see `read`.
+        """
         boxes = [_box_of(piece) for piece in self._stored(entry).chunks]
-        starts = {box.offsets[0] for box in boxes}
-        return sorted(starts | {box.offsets[0] + box.sizes[0] for box in boxes})
+        cuts = sorted({box.offsets[0] for box in boxes if box.offsets[0] < num_rows})
+        for start, stop in zip(cuts, [*cuts[1:], num_rows], strict=True):
+            yield start, self.read(entry, None, start, stop)
 
     def tensors(self) -> Iterator[tuple[Entry, int | None]]:
         """Every stored tensor, layers taken apart, in the order of the forward pass."""
-        entries = self.family.entries(self.model)
-        before = [entry for entry in entries if not entry.is_per_layer]
-        per_layer = [entry for entry in entries if entry.is_per_layer]
-        first = entries.index(per_layer[0])
-        yield from ((entry, None) for entry in before if entries.index(entry) < first)
-        for layer in range(self.model.num_layers):
-            yield from ((entry, layer) for entry in per_layer)
-        yield from ((entry, None) for entry in before if entries.index(entry) > first)
+        return stored_tensors(self.family.entries(self.model), self.model)
 
     def check(self) -> None:
         """Whether every tensor of the family is there, in its shape.

@@ -12,9 +12,10 @@ v vocabulary, V vocabulary with padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 
 from torch import Tensor
 
@@ -121,6 +122,16 @@ class Entry:
 def entries_of(table: tuple[Entry, ...], model: ModelConfig) -> tuple[Entry, ...]:
     """The rows that a model of this shape has: with tied embeddings there is no LM head."""
     return tuple(entry for entry in table if not (model.tie_embeddings and entry is LM_HEAD))
+
+
+def stored_tensors(
+    entries: Sequence[Entry], model: ModelConfig
+) -> Iterator[tuple[Entry, int | None]]:
+    """Every stored tensor, layers taken apart, in the order of the forward pass."""
+    for is_per_layer, rows in groupby(entries, key=lambda entry: entry.is_per_layer):
+        group = tuple(rows)
+        for layer in range(model.num_layers) if is_per_layer else (None,):
+            yield from ((entry, layer) for entry in group)
 
 
 def to_hf(

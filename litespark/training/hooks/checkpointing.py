@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,12 @@ class Checkpointing(Hook):
 
     A save that fails (the disk is full, the destination is gone) does not end the run: that is
     said, the older checkpoints stay, and the next save tries again.  Only the last one must
-    succeed, because nothing comes after it.
+    succeed, because nothing comes after it.  `on_saved` is told of each checkpoint that is
+    complete, on the first rank and from the background's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_saved: Callable[[Path], None] = lambda checkpoint: None) -> None:
+        self.on_saved = on_saved
         self.saved_step = -1
         self.saver: CheckpointSaver | None = None
 
@@ -90,7 +93,7 @@ class Checkpointing(Hook):
             fp8_scales=_fp8_scales(run),
             bf16_layers=sorted(run.policy.moved_layers),
         )
-        saver, report = self._saver(run), _Report(run)
+        saver, report = self._saver(run), _Report(run, self.on_saved)
         with parameters_synchronised(run.chunks):
             saver.save(run.chunks, run.optimizer, state, dump_config(run.config), report)
         self.saved_step = run.step
@@ -124,6 +127,7 @@ class _Report:
     """Tells the user how a save ended; called from the background's thread."""
 
     run: TrainingRun
+    on_saved: Callable[[Path], None]
     waited_seconds: float | None = None
 
     def __call__(self, outcome: SaveOutcome) -> None:
@@ -146,6 +150,7 @@ class _Report:
             "" if waited is None else f", for which training waited {waited:.2f} s",
         )
         run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
+        self.on_saved(outcome.checkpoint)
 
 
 def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:
