@@ -6,20 +6,20 @@ import argparse
 import sys
 
 _OF_LAYOUT = "the checkpoint holds whole tensors, and loads at any layout"
-# Flag, its default, why it has no effect.
+# Flag, why it has no effect.
 _IGNORED = (
-    ("--loader", None, "what is read follows from --load"),
-    ("--saver", None, "what is written follows from the tool"),
-    ("--model-type", None, "the model's shape says what it is"),
-    ("--model-size", None, "the model's shape says what it is"),
-    ("--checkpoint-type", None, "the folder says what it is"),
-    ("--tokenizer-type", None, "the tokenizer's file says what it is"),
-    ("--target-tensor-parallel-size", None, _OF_LAYOUT),
-    ("--target-pipeline-parallel-size", None, _OF_LAYOUT),
-    ("--tensor-model-parallel-size", None, _OF_LAYOUT),
-    ("--pipeline-model-parallel-size", None, _OF_LAYOUT),
-    ("--make-vocab-size-divisible-by", None, "the vocabulary is padded by the run that loads it"),
-    ("--megatron-path-to-code", None, "Megatron-LM itself is not needed"),
+    ("--loader", "what is read follows from --load"),
+    ("--saver", "what is written follows from the tool"),
+    ("--model-type", "the model's shape says what it is"),
+    ("--model-size", "the model's shape says what it is"),
+    ("--checkpoint-type", "the folder says what it is"),
+    ("--tokenizer-type", "the tokenizer's file says what it is"),
+    ("--target-tensor-parallel-size", _OF_LAYOUT),
+    ("--target-pipeline-parallel-size", _OF_LAYOUT),
+    ("--tensor-model-parallel-size", _OF_LAYOUT),
+    ("--pipeline-model-parallel-size", _OF_LAYOUT),
+    ("--make-vocab-size-divisible-by", "the vocabulary is padded by the run that loads it"),
+    ("--megatron-path-to-code", "Megatron-LM itself is not needed"),
 )
 _SWITCHES = (
     ("--use-mcore-models", "all models are megatron-core's"),
@@ -30,14 +30,14 @@ _SWITCHES = (
 def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, in a group of their own in the help."""
     group = parser.add_argument_group("accepted and without effect")
-    for flag, default, why in _IGNORED:
-        group.add_argument(flag, default=default, metavar="X", help=why)
+    for flag, why in _IGNORED:
+        group.add_argument(flag, metavar="X", help=why)
     for flag, why in _SWITCHES:
         group.add_argument(flag, action="store_true", help=why)
 
 
 def tell_ignored(args: argparse.Namespace) -> None:
     """Name those that were given, on stderr."""
-    for flag, why in [(flag, why) for flag, _, why in _IGNORED] + list(_SWITCHES):
+    for flag, why in (*_IGNORED, *_SWITCHES):
         if getattr(args, flag[2:].replace("-", "_")):
             sys.stderr.write(f"litespark: note: {flag} has no effect: {why}\n")

@@ -155,6 +155,8 @@ def test_half_precision_sources(made, tmp_path):
         assert imported.dtype_name == kept
         with single_process():
             export_checkpoint(imported.checkpoint, tmp_path / f"{kept}-out")
+            result = verify(imported.checkpoint, tmp_path / f"{kept}-out", tmp_path)
+        assert result.weights == kept
         found = load_file(tmp_path / f"{kept}-out/model.safetensors")
         assert all(
             torch.equal(found[name], value.to(found[name].dtype)) for name, value in values.items()

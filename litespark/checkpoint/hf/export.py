@@ -37,7 +37,7 @@ from litespark.checkpoint.hf.shards import (
 from litespark.checkpoint.hf.staging import Staging, refuse_taken, staged
 from litespark.checkpoint.hf.table import Entry, Rule
 from litespark.checkpoint.integrity import MARKER
-from litespark.checkpoint.run_state import RunState
+from litespark.checkpoint.run_state import FILE_NAME, RunState
 from litespark.checkpoint.tokenizer import TOKENIZER, find_tokenizer
 from litespark.config.schema import ModelConfig
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
@@ -121,7 +121,7 @@ def export_checkpoint(
     options.on_begin(num_parameters * dtype.itemsize)
     task = {
         "checkpoint": str(checkpoint.resolve()),
-        "marker": sha256_of_file(checkpoint / MARKER),
+        "identity": _identity(checkpoint),
         "dtype": dtype_name,
         "files": [file.name for file in files],
     }
@@ -235,6 +235,12 @@ def _describe(staging: Staging, state: RunState, dtype_name: str) -> None:
     write_manifest(
         staging.folder, files, dtype=dtype_name, step=state.step, versions=state.versions
     )
+
+
+def _identity(checkpoint: Path) -> str:
+    """Changes whenever a file of the checkpoint does, as long as it has its list of files."""
+    marker = checkpoint / MARKER
+    return sha256_of_file(marker if marker.is_file() else checkpoint / FILE_NAME)
 
 
 def _open_tokenizer(checkpoint: Path, state: RunState, path: str | None) -> Tokenizer | None:

@@ -194,7 +194,8 @@ def _write_small_files(
     layout = RankLayout.of(config.parallel, 1)
     state = RunState.of(config, layout, step=0, consumed_samples=0, weights_only=True)
     contents = {CONFIG: dump_config(config).encode(), FILE_NAME: state.to_json().encode()}
-    (folder / TOKENIZER).mkdir(exist_ok=True) if companions else None
+    if companions:
+        (folder / TOKENIZER).mkdir(exist_ok=True)
     for file, path in companions.items():
         contents[f"{TOKENIZER}/{file}"] = path.read_bytes()
     records = {}

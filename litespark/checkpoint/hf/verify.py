@@ -21,8 +21,7 @@ Shapes: s tokens, h hidden, v vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ from litespark.checkpoint.hf.source import HFSource
 from litespark.checkpoint.load import load_weights
 from litespark.config.load import load_config
 from litespark.config.precision import PrecisionConfig
-from litespark.config.schema import ParallelConfig, RunConfig
+from litespark.config.schema import ModelConfig, ParallelConfig, RunConfig
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import LitesparkError, MissingExtraError, UserError
 from litespark.models.build import build_chunks
@@ -52,10 +51,7 @@ _WHOLE_BYTES = 4 << 30  # both models in fp32
 class Verification:
     """What was found; differences are absolute, the logits' bound is relative to the largest."""
 
-    method: str
-    text: str
     num_tokens: int
-    weights: str
     largest_logit: float
     logits_difference: float
     logits_relative_difference: float
@@ -65,6 +61,9 @@ class Verification:
     loss_difference: float
     loss_bound: float
     passed: bool
+    method: str = ""
+    text: str = ""
+    weights: str = ""
 
     def describe(self) -> str:
         """The result in two lines."""
@@ -114,23 +113,36 @@ def verify(
     num_parameters = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     if layer_by_layer is None:
         layer_by_layer = 8 * num_parameters > _WHOLE_BYTES
-    rows = _layer_by_layer if layer_by_layer else _whole
-    largest, difference = 0.0, 0.0
-    losses_litespark, losses_hf = [], []
-    for ours_v, theirs_v, label in rows(checkpoint, config, source, ids_s):
-        largest = max(largest, float(theirs_v.abs().max()))
-        difference = max(difference, float((ours_v - theirs_v).abs().max()))
-        if label is not None:
-            losses_litespark.append(float(F.cross_entropy(ours_v.double(), label)))
-            losses_hf.append(float(F.cross_entropy(theirs_v.double(), label)))
-    width = max(model.hidden_size, model.ffn_hidden_size)
-    bound = 4 * math.sqrt((5 * model.num_layers + 1) * width) * 2**-24
-    ours, theirs = _mean(losses_litespark), _mean(losses_hf)
-    result = Verification(
+    compute = _layer_by_layer if layer_by_layer else _whole
+    ours_sv, theirs_sv = compute(checkpoint, config, source, ids_s)
+    result = _compare(ours_sv, theirs_sv, ids_s, _bound(model))
+    result = replace(
+        result,
         method="layer by layer" if layer_by_layer else "as whole models",
         text=text,
-        num_tokens=len(ids_s),
         weights=str(source.dtype).removeprefix("torch."),
+    )
+    write_json(result_folder / VERIFICATION, asdict(result))
+    if not result.passed:
+        raise LitesparkError(f"{checkpoint} and {hf_folder}: {result.describe()}")
+    return result
+
+
+def _bound(model: ModelConfig) -> float:
+    """How much of the largest logit may differ; see the module's docstring."""
+    width = max(model.hidden_size, model.ffn_hidden_size)
+    return 4 * math.sqrt((5 * model.num_layers + 1) * width) * 2**-24
+
+
+def _compare(ours_sv: Tensor, theirs_sv: Tensor, ids_s: Tensor, bound: float) -> Verification:
+    largest = float(theirs_sv.abs().max())
+    difference = float((ours_sv - theirs_sv).abs().max())
+    ours, theirs = (
+        float(F.cross_entropy(logits_sv[:-1].double(), ids_s[1:]))
+        for logits_sv in (ours_sv, theirs_sv)
+    )
+    return Verification(
+        num_tokens=len(ids_s),
         largest_logit=largest,
         logits_difference=difference,
         logits_relative_difference=difference / largest,
@@ -142,17 +154,11 @@ def verify(
         # A NaN is no pass.
         passed=difference <= bound * largest and abs(ours - theirs) <= 2 * bound * largest,
     )
-    write_json(result_folder / VERIFICATION, asdict(result))
-    if not result.passed:
-        raise LitesparkError(f"{checkpoint} and {hf_folder}: {result.describe()}")
-    return result
 
 
-# Logits of both sides for one position, and the token that follows, if there is one.
-_Rows = Iterator[tuple[Tensor, Tensor, Tensor | None]]
-
-
-def _whole(checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor) -> _Rows:
+def _whole(
+    checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor
+) -> tuple[Tensor, Tensor]:
     """Both models, each loaded as a user would."""
     from transformers import AutoModelForCausalLM
 
@@ -169,22 +175,17 @@ def _whole(checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor)
     positions_s = torch.arange(len(ids_s))
     logits_sv = ours(ids_s[None], positions_s[None], None)[0, :, : config.model.vocab_size]
     expected_sv = theirs.eval()(ids_s[None], use_cache=False).logits[0]
-    yield from _by_position(logits_sv, expected_sv, ids_s)
+    return logits_sv, expected_sv
 
 
-def _layer_by_layer(checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor) -> _Rows:
+def _layer_by_layer(
+    checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor
+) -> tuple[Tensor, Tensor]:
     model = config.model
     reader = CheckpointReader(checkpoint, family_of_model(model), model)
     ours_sh = litespark_hidden(reader, config, ids_s, source.dtype)
     theirs_sh = hf_hidden(source, ids_s)
-    logits_sv, expected_sv = logits_of(reader, source, ours_sh, theirs_sh)
-    yield from _by_position(logits_sv, expected_sv, ids_s)
-
-
-def _by_position(ours_sv: Tensor, theirs_sv: Tensor, ids_s: Tensor) -> _Rows:
-    for position in range(len(ids_s)):
-        label = ids_s[position + 1] if position + 1 < len(ids_s) else None
-        yield ours_sv[position], theirs_sv[position], label
+    return logits_of(reader, source, ours_sh, theirs_sh)
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -225,7 +226,3 @@ def _tokens(folder: Path, text_file: Path | None, vocab: int, longest: int) -> t
     if len(ids) < 2:
         raise UserError(name, "has fewer than 2 tokens", "Give a longer text.")
     return torch.tensor(ids), name
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -13,19 +13,29 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from litespark.checkpoint.folder import step_of
+from litespark.parallel.groups import gather_objects
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
 from litespark.training.step import StepOutcome
 
 FOLDER = "hf"
 _SOURCE = ".exporting_"
+_POLL_SECONDS = 0.5
 # What tells a process that it is a rank, or to use the GPUs that training needs.
-_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+_NOT_INHERITED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 logger = logging.getLogger("litespark.hf")
 
 
@@ -62,11 +72,17 @@ class Exporting(Hook):
         self._go_on()
 
     def on_end(self, run: TrainingRun) -> None:
-        """Let all that was saved be exported: nothing else would."""
+        """Let all that was saved be exported: nothing else would.
+
+        The other ranks wait as well, a second at a time: a rank that leaves, or that sits in one
+        collective until its time-out, would look like a fault.
+        """
+        if self.every is None:
+            return
         with run.progress.suspended():
             self._go_on()
-            while self.current is not None:
-                self.current.process.wait()
+            while gather_objects(self.current is not None)[0]:
+                time.sleep(_POLL_SECONDS)
                 self._go_on()
 
     def close(self) -> None:
