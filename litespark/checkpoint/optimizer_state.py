@@ -59,11 +59,6 @@ def optimizer_key(state: str, key: str) -> str:
     return f"optimizer.{state}.{key}"
 
 
-def is_own(key: str) -> bool:
-    """Whether a tensor of a checkpoint is the optimizer's, and no weight."""
-    return key.startswith(_PREFIX)
-
-
 def optimizer_tensors(
     model: dict[str, Any], optimizer: MegatronOptimizer, stored: set[str] | None = None
 ) -> list[ShardedTensor]:

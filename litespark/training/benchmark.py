@@ -195,7 +195,7 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
                 *("num_query_groups", "head_dim", "vocab_size"),
             )
         },
-        "parameters": total_parameters(model, model.tie_embeddings),
+        "parameters": total_parameters(model, model.tie_embeddings, model.qkv_bias, model.qk_norm),
         "precision": config.precision.model_dump(mode="json"),
         "backend": model.backend,
         "modules": _modules(run),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.folder import find_checkpoint, newest_first
+from litespark.checkpoint.initial_weights import check_initial_weights
 from litespark.checkpoint.mirror import remote_checkpoints
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
@@ -53,7 +54,16 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     candidates = checkpoint_candidates(config)
     checkpoint = first_intact(candidates)
     if checkpoint is not None:
-        check_same_model(RunState.read(checkpoint), checkpoint, config.model)
+        state = RunState.read(checkpoint)
+        check_same_model(state, checkpoint, config.model)
+        if state.weights_only:
+            raise UserError(
+                f"run.resume = {config.run.resume}",
+                f"{checkpoint} holds weights alone, and no state of a run to go on with",
+                f"Set run.init_from={checkpoint} and another run.output_dir.",
+            )
+    elif config.run.init_from is not None:
+        check_initial_weights(config.run.init_from, config.model)
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint, candidates)
 

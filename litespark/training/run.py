@@ -11,6 +11,7 @@ from litespark.parallel.groups import stop_process_group
 from litespark.training.hooks.bad_steps import BadSteps
 from litespark.training.hooks.checkpointing import Checkpointing
 from litespark.training.hooks.evaluation import Evaluation
+from litespark.training.hooks.exporting import Exporting
 from litespark.training.hooks.fp8_guard import Fp8Guard
 from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
 from litespark.training.hooks.recheck import Recheck
@@ -53,8 +54,9 @@ def run_training(config: RunConfig) -> None:
 def build_hooks(run: TrainingRun) -> list[Hook]:
     """The hooks in their order: guards first, then what looks, then what saves, then the stop."""
     writer = MetricsWriter(run)
-    checkpointing = Checkpointing()
-    hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing]
+    exporting = Exporting(run)
+    checkpointing = Checkpointing(exporting.saved)
+    hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing, exporting]
     if run.config.precision.mode == "fp8":
         hooks.insert(2, Fp8Guard())
     hooks.append(StopOnSignal(checkpointing.save_now))

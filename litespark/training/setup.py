@@ -24,7 +24,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.choose import newest_whole
-from litespark.checkpoint.load import load_checkpoint, load_random_states
+from litespark.checkpoint.folder import find_checkpoint
+from litespark.checkpoint.initial_weights import fill_from_hf, is_hf_folder
+from litespark.checkpoint.load import load_checkpoint, load_random_states, load_weights
 from litespark.checkpoint.mirror import fetch_first_whole
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.checkpoint.save import NO_LIMIT
@@ -299,7 +301,7 @@ def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
 def _resume(run: TrainingRun, candidates: list[Path]) -> None:
     checkpoint = newest_whole(candidates, verify=run.config.checkpoint.verify)
     if checkpoint is None:
-        run.record_event("started", f"{run.layout.describe()}, from initial weights")
+        run.record_event("started", f"{run.layout.describe()}, {_start_weights(run)}")
         return
     state = _load(run, checkpoint)
     run.consumed_samples = state.consumed_samples
@@ -310,6 +312,25 @@ def _resume(run: TrainingRun, candidates: list[Path]) -> None:
     if run.process.is_first:
         logger.info("resumed at step %d: %s", run.step, detail)
         _tell_differences(run, state, same_layout=same_layout)
+
+
+def _start_weights(run: TrainingRun) -> str:
+    """Take over the weights of `run.init_from`, if there are any; which weights the run has."""
+    source = run.config.run.init_from
+    if source is None:
+        return "from initial weights"
+    with run.progress.suspended():
+        if is_hf_folder(source):
+            on_all_ranks(lambda: fill_from_hf(Path(source), run.chunks, run.config.model))
+        else:
+            checkpoint = on_all_ranks(lambda: find_checkpoint(source))
+            newest_whole([checkpoint], verify=run.config.checkpoint.verify)
+            load_weights(checkpoint, run.chunks)
+    run.optimizer.reload_model_params()
+    run.policy.weights_changed()
+    if run.process.is_first:
+        logger.info("weights of %s; optimizer and schedule start anew", source)
+    return f"with the weights of {source}"
 
 
 def _check_fits(run: TrainingRun, checkpoint: Path) -> None:
