@@ -87,6 +87,11 @@ def add_parser(subparsers: Any) -> None:
         default=True,
         help="one more step under the profiler, for the breakdown (default: yes; needs a GPU)",
     )
+    add(
+        "--check-energy",
+        action="store_true",
+        help="poll the GPU's power beside its energy counter and compare: give it a minute",
+    )
     add("--verbose", action="store_true", help="print the dearest 25 kernels and every message")
     add(
         "--compare",
@@ -221,5 +226,6 @@ def _measure(args: argparse.Namespace, config: RunConfig, started: float) -> Rec
         profile=args.profile,
         reads_data=args.data is not None,
         process_started=started,
+        checks_energy=args.check_energy,
     )
     return run_benchmark(config, options)
