@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from litespark.config.blends import expand_blend
+from litespark.config.metering import MeteringConfig
 from litespark.config.precision import PrecisionConfig
 from litespark.config.presets import PRESETS
 from litespark.config.resilience import ResilienceConfig
@@ -298,6 +299,11 @@ class LoggingConfig(Section):
     wandb_project: str | None = Field(
         default=None, description="Weights & Biases project; needs the extra litespark[wandb]."
     )
+    mlflow_experiment: str | None = Field(
+        default=None,
+        description="MLflow experiment; needs the extra litespark[mlflow]. MLFLOW_TRACKING_URI "
+        "says where the server is.",
+    )
 
 
 class RunSection(Section):
@@ -333,6 +339,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    metering: MeteringConfig = Field(default_factory=MeteringConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
 

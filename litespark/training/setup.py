@@ -31,6 +31,7 @@ from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.metering.meters import RunMeters
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
@@ -90,6 +91,8 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         UserError: on every rank alike, if the backend asked for cannot compute this here.
     """
     on_all_ranks(lambda: backend_for(config))
+    # First of all: building and loading cost energy too.
+    meters = RunMeters(reads_host=process.local_rank == 0)
     logger.info(
         "%d patches to megatron-core, see megatron_patches/README.md", len(applied_patches())
     )
@@ -110,6 +113,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),
+        meters=meters,
     )
 
 
