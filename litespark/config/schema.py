@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from litespark.config.blends import expand_blend
+from litespark.config.metering import MeteringConfig
 from litespark.config.model import ModelConfig
 from litespark.config.precision import PrecisionConfig
 from litespark.config.resilience import ResilienceConfig
@@ -212,6 +213,11 @@ class LoggingConfig(Section):
     wandb_project: str | None = Field(
         default=None, description="Weights & Biases project; needs the extra litespark[wandb]."
     )
+    mlflow_experiment: str | None = Field(
+        default=None,
+        description="MLflow experiment; needs the extra litespark[mlflow]. MLFLOW_TRACKING_URI "
+        "says where the server is.",
+    )
 
 
 class RunSection(Section):
@@ -255,6 +261,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    metering: MeteringConfig = Field(default_factory=MeteringConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
 

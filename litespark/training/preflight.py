@@ -46,8 +46,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         UserError: anything that would end the run later.
     """
     check_config(config, world_size)
-    if config.logging.wandb_project is not None and find_spec("wandb") is None:
-        raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
+    _check_extras(config)
     if config.checkpoint.mirror is not None or is_remote(config.run.resume):
         require_storage()
     train, validation = open_data(config)
@@ -155,6 +154,21 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return train, rest[0] if evaluates else None
+
+
+def _check_extras(config: RunConfig) -> None:
+    """What the places of metrics need beyond what is always installed."""
+    wanted = (
+        (config.logging.wandb_project, "wandb", "wandb", "logging.wandb_project"),
+        (config.logging.mlflow_experiment, "mlflow", "mlflow", "logging.mlflow_experiment"),
+        (
+            *(config.metering.prometheus_port, "prometheus_client"),
+            *("prometheus", "metering.prometheus_port"),
+        ),
+    )
+    for value, package, extra, key in wanted:
+        if value is not None and find_spec(package) is None:
+            raise MissingExtraError(package, extra, key)
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -37,6 +37,7 @@ from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.data.storage import is_remote
 from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.metering.meters import RunMeters
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
 from litespark.models.primary_weights import gather_fp8_as_bytes, keep_weights_in_fp8
@@ -96,6 +97,8 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         UserError: on every rank alike, if the backend asked for cannot compute this here.
     """
     on_all_ranks(lambda: backend_for(config))
+    # First of all: building and loading cost energy too.
+    meters = RunMeters(reads_host=process.local_rank == 0)
     logger.info(
         "%d patches to megatron-core, see megatron_patches/README.md", len(applied_patches())
     )
@@ -116,6 +119,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),
+        meters=meters,
     )
 
 

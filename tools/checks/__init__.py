@@ -1,1 +1,1 @@
-"""Checks that take minutes or much disk, each a command, with their results beside them."""
+"""Checks that are too long for CI: commands, run by hand, whose results are kept."""

@@ -126,7 +126,7 @@ class Checkpointing(Hook):
             bf16_layers=sorted(run.policy.moved_layers),
         )
         saver, report = self._saver(run), _Report(run, self.mirror, self.on_saved)
-        with parameters_synchronised(run.chunks):
+        with run.meters.within("checkpoint"), parameters_synchronised(run.chunks):
             saver.save(run.chunks, run.optimizer, state, dump_config(run.config), report)
         self.saved_step = run.step
         report.waited_seconds = time.perf_counter() - started
@@ -142,7 +142,8 @@ class Checkpointing(Hook):
         if self.saver is None:
             return
         started = time.perf_counter()
-        outcome = self.saver.wait()
+        with run.meters.within("checkpoint"):
+            outcome = self.saver.wait()
         run.timings.checkpoint_seconds += time.perf_counter() - started
         if outcome is not None:
             written(outcome)

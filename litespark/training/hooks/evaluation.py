@@ -27,6 +27,7 @@ class Evaluation(Hook):
             self._evaluate(run)
 
     def _evaluate(self, run: TrainingRun) -> None:
-        loss = evaluate_samples(run, run.validation, run.config.training.eval_steps)
+        with run.meters.within("evaluation"):
+            loss = evaluate_samples(run, run.validation, run.config.training.eval_steps)
         self.evaluated_step = run.step
         self.writer.write_validation(run, loss)
