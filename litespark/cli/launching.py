@@ -1,4 +1,4 @@
-"""The options by which `litespark train` starts its processes, here and on other machines."""
+"""The options by which a command starts its processes, here and on other machines."""
 
 from __future__ import annotations
 
@@ -40,21 +40,13 @@ class LaunchOptions:
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --nproc, --max-restarts and the options for several machines, with torchrun's names."""
+    """Add --nproc and the options for several machines, with torchrun's names."""
     parser.add_argument(
         "--nproc",
         type=int,
         metavar="N",
         help="start N processes on this machine (default: one, in this process); under torchrun "
         "the processes are there already and --nproc is not given",
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --nproc: after a fault (a lost rank or node, a hang) start again up to N times, "
-        "from the newest checkpoint (default: 0); under torchrun give it torchrun's",
     )
     several = parser.add_argument_group(
         "several machines", "The same command is typed on every node; see docs/multi_node.md."
@@ -97,6 +89,18 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_restarts_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --max-restarts, for what can go on where it was."""
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --nproc: after a fault (a lost rank or node, a hang) start again up to N times, "
+        "from the newest checkpoint (default: 0); under torchrun give it torchrun's",
+    )
+
+
 def launch_options(args: argparse.Namespace) -> LaunchOptions:
     """What the arguments and the environment say together.
 
@@ -117,9 +121,10 @@ def launch_options(args: argparse.Namespace) -> LaunchOptions:
                 f"a launcher has started {launched} processes already (WORLD_SIZE is set)",
                 f"Leave out {option} under torchrun.",
             )
-    if args.max_restarts < 0 or (args.max_restarts and launched is not None):
+    max_restarts = getattr(args, "max_restarts", 0)
+    if max_restarts < 0 or (max_restarts and launched is not None):
         raise UserError(
-            f"--max-restarts {args.max_restarts}",
+            f"--max-restarts {max_restarts}",
             "is a number of restarts by this command, which starts the processes itself"
             if launched is None
             else "is for the launcher that has started this process",
@@ -130,7 +135,7 @@ def launch_options(args: argparse.Namespace) -> LaunchOptions:
         is_rank=launched is not None,
         num_processes=num_processes,
         world_size=launched or num_processes * (1 if nodes is None else nodes.minimum),
-        max_restarts=args.max_restarts,
+        max_restarts=max_restarts,
         nodes=nodes,
     )
 
@@ -179,37 +184,41 @@ def _node_options(args: argparse.Namespace) -> NodeOptions | None:
     )
 
 
-def start(how: LaunchOptions, config: RunConfig, arguments: list[str]) -> int:
+def start(how: LaunchOptions, arguments: list[str], folder: Path) -> int:
     """Start the processes of this machine and wait for their end; returns the exit code.
 
+    `folder` is the run's, whose events.jsonl says how the ranks ended.
+
     Raises:
-        UserError: the configuration cannot run on that many nodes, or they cannot meet.
+        UserError: the nodes cannot meet as they were told to.
+        LitesparkError: the others cannot be reached, or did not come.
     """
-    folder = Path(config.run.output_dir)
     if how.nodes is None:
         from litespark.training.launch import launch
 
         return launch(how.world_size, arguments, folder, max_restarts=how.max_restarts)
-    check_node_range(config, how.nodes, how.num_processes)
+    from litespark.training.agent import run_node
+
+    return run_node(how.nodes, how.num_processes, arguments, folder, max_restarts=how.max_restarts)
+
+
+def check_restarts(config: RunConfig, how: LaunchOptions) -> None:
+    """Whether the run can be started again, at all numbers of nodes that may be left.
+
+    The fewest have been checked by then; numbers between them and the most get a warning.
+
+    Raises:
+        UserError: all that is wrong with the most, or `run.resume` forbids it.
+    """
+    if how.nodes is None:
+        return
     if how.max_restarts and config.run.resume == "never":
         raise UserError(
             "run.resume = never",
             f"lets no restart go on, and --max-restarts is {how.max_restarts}",
             "Leave it out, or --max-restarts.",
         )
-    from litespark.training.agent import run_node
-
-    return run_node(how.nodes, how.num_processes, arguments, folder, max_restarts=how.max_restarts)
-
-
-def check_node_range(config: RunConfig, nodes: NodeOptions, num_processes: int) -> None:
-    """Whether the run is possible with the most nodes; a warning for numbers between.
-
-    The fewest have been checked by then.
-
-    Raises:
-        UserError: all that is wrong with the most.
-    """
+    nodes, num_processes = how.nodes, how.num_processes
     check_config(config, nodes.maximum * num_processes)
     impossible = [
         count

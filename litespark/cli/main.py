@@ -12,7 +12,7 @@ from litespark.cli.exits import run_command
 from litespark.utils.log import quiet_upstream, set_up_logging
 from litespark.version import __version__
 
-COMMANDS = ("preprocess", "data", "train", "export", "generate", "report", "bench")
+COMMANDS = ("preprocess", "data", "train", "export", "generate", "report", "bench", "doctor")
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from litespark.cli.arguments import add_command, add_config_arguments
-from litespark.cli.launching import add_launch_arguments, launch_options, start
+from litespark.cli.launching import (
+    add_launch_arguments,
+    add_restarts_argument,
+    check_restarts,
+    launch_options,
+    start,
+)
 from litespark.config.load import dump_config, load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
@@ -45,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config_arguments(parser)
     add_launch_arguments(parser)
+    add_restarts_argument(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -74,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _show_plan(config, how.world_size, checked.checkpoint)
         if how.starts_processes:
-            return start(how, config, ["train", args.config, *args.overrides])
+            check_restarts(config, how)
+            folder = Path(config.run.output_dir)
+            return start(how, ["train", args.config, *args.overrides], folder)
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core

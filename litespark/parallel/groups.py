@@ -74,12 +74,12 @@ def start_process_group(timeout_seconds: float) -> Process:
         )
     device = select_device(local_rank, local_world_size)
     if local_world_size < world_size:
-        _choose_interface()
+        choose_interface()
     dist.init_process_group(device.distributed_backend, timeout=timedelta(seconds=timeout_seconds))
     return Process(rank, world_size, local_rank, local_world_size, device)
 
 
-def _choose_interface() -> None:
+def choose_interface() -> None:
     """Have gloo listen on the interface that leads to the first rank; `GLOO_SOCKET_IFNAME` wins.
 
     gloo would take the address that this machine's own name resolves to, which Debian's /etc/hosts

@@ -31,7 +31,7 @@ def why_not() -> str | None:
     """Why there can be no hosts here; None if there can."""
     if os.name != "posix" or os.geteuid() != 0:
         return "network namespaces need root"
-    for tool in ("ip", "unshare", "mount", "hostname"):
+    for tool in ("ip", "nsenter", "unshare", "mount", "hostname"):
         if shutil.which(tool) is None:
             return f"there is no {tool} (packages iproute2, util-linux)"
     probe = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
@@ -74,7 +74,9 @@ class Hosts:
         """The words that run a command on a host; all of it dies with the first process."""
         unshare = ["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         enter = ["sh", "-c", _ENTER, "sh", str(self.folder / f"hosts.{name}"), name]
-        return ["ip", "netns", "exec", self._space(name), "unshare", *unshare, *enter, *words]
+        # Not `ip netns exec`, which hides the control groups that Slurm wants to see.
+        network = ["nsenter", f"--net=/run/netns/{self._space(name)}"]
+        return [*network, "unshare", *unshare, *enter, *words]
 
     def start(self, name: str, *words: str, **variables: str) -> subprocess.Popen[str]:
         """Start a command on a host; its output, both streams together, goes to a pipe."""

@@ -14,8 +14,9 @@ from litespark.parallel.nodes import (
     parse_node_range,
     reachable_members,
 )
-from litespark.training.same_everywhere import check_same_everywhere, code_facts
+from litespark.training.same_everywhere import check_same_everywhere
 from litespark.utils import network
+from litespark.utils.facts import code_facts
 from tests.support import cli
 from tests.support.configs import loader
 
@@ -181,7 +182,7 @@ def test_other_code_and_other_configurations_are_named(tmp_path):
     )
     with pytest.raises(UserError) as caught:
         check_same_everywhere(load(), answers_of(one, one, changed))
-    assert "the code is not the same" in str(caught.value)
+    assert "code: not the same" in str(caught.value)
     assert "litespark/training/step.py is" in str(caught.value)
     assert "another on node-b" in str(caught.value)
 
@@ -214,14 +215,19 @@ def test_mistakes_in_the_options(arguments, words, tmp_path, capsys):
 
 
 def test_more_nodes_than_the_batch_divides_by(tmp_path, caplog):
-    from litespark.cli.launching import check_node_range
+    from litespark.cli.launching import LaunchOptions, check_restarts
     from litespark.parallel.nodes import NodeOptions
+
+    def options(maximum, restarts=0):
+        return LaunchOptions(False, 1, 1, restarts, NodeOptions(1, maximum, "a", 1))
 
     load = loader(tmp_path)
     with pytest.raises(UserError, match=r"batch\.global"):
-        check_node_range(load(), NodeOptions(1, 3, "a", 1), 1)
-    check_node_range(load(), NodeOptions(1, 4, "a", 1), 1)
+        check_restarts(load(), options(3))
+    check_restarts(load(), options(4))
     assert "with 3 nodes this run cannot go on" in caplog.text
+    with pytest.raises(UserError, match="lets no restart go on"):
+        check_restarts(load("run.resume=never"), options(2, restarts=1))
 
 
 def test_under_torchrun_the_nodes_are_torchruns(tmp_path):
