@@ -30,10 +30,6 @@ if [ -n "${LITESPARK_CONTAINER:-}" ]; then
     srun_options+=(--container-mounts="$mounts")
 fi
 
-# A port that another job on the same nodes will hardly have.
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
-export LITESPARK_TASKS_PER_NODE="$tasks"
-
 # srun passes a signal on to all tasks, which finish the step, save and end with exit code 3.
 time_is_short=
 interrupted=
@@ -58,8 +54,13 @@ while :; do
     echo "launch: exit code $code; restart $attempt of $restarts" >&2
 done
 
-if [ -n "$time_is_short" ] && [ "$code" -eq 3 ]; then
-    echo "launch: the time limit is near and the state is saved: job $SLURM_JOB_ID goes back into the queue" >&2
+# Slurm puts a preempted job back into the queue only when it has to kill it: not one that has saved
+# and ended within its grace time.  A job that `scancel` ends stays away.
+is_preempted() {
+    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -Eq 'PreemptTime=[0-9]'
+}
+if [ "$code" -eq 3 ] && { [ -n "$time_is_short" ] || is_preempted; }; then
+    echo "launch: the state is saved; job $SLURM_JOB_ID goes back into the queue" >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

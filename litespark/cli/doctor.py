@@ -127,27 +127,26 @@ def _run_rank(args: argparse.Namespace) -> int:
     from litespark.metering.doctor.examination import examine
 
     findings, lines = examine(args.timeout)
-    if os.environ["RANK"] != "0":
-        return ExitCode.DONE
-    code = _report(findings, as_json=args.json)
-    if lines and not args.json:
+    is_first = os.environ["RANK"] == "0"
+    code = _report(findings, as_json=args.json, is_shown=is_first)
+    if lines and is_first and not args.json:
         sys.stdout.write("\nGB/s from the row's rank to the column's:\n" + "\n".join(lines) + "\n")
     return code
 
 
-def _report(findings: Iterable[Finding], *, as_json: bool) -> int:
+def _report(findings: Iterable[Finding], *, as_json: bool, is_shown: bool = True) -> int:
     """Print findings as they come; returns 1 if one is wrong."""
     found = []
     for finding in findings:
         found.append(finding)
-        if not as_json:
+        if is_shown and not as_json:
             fix = f"\n{'':26}-> {finding.fix}" if finding.fix else ""
             sys.stdout.write(f"{_MARKS[finding.status]}{finding.name:<24}{finding.seen}{fix}\n")
             sys.stdout.flush()
     counts = {status: sum(f.status == status for f in found) for status in _MARKS}
-    if as_json:
+    if is_shown and as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
-    else:
+    elif is_shown:
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
         sys.stdout.write(f"{summary}\n")
     return ExitCode.FAILED if counts["wrong"] else ExitCode.DONE

@@ -111,6 +111,9 @@ def launch_options(args: argparse.Namespace) -> LaunchOptions:
     if nodes is not None and "LOCAL_RANK" not in os.environ:
         for name in _NODE_VARIABLES:
             os.environ.pop(name, None)
+        # Read when torch is imported.  At WARNING its sockets tell with a page of frames that the
+        # node where all meet has ended, and at every connection that DNS has no name for it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launched = world_size_from_environment()
     if args.nproc is not None and args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}", "is no number of processes", "Give 1 or more.")

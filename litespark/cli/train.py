@@ -62,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
+    how = launch_options(args)
     from litespark.training.launch import end_at_once_until_ready
     from litespark.training.preflight import preflight
 
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         error.on_every_rank = True  # every process of a launcher reads the same file
         raise
-    how = launch_options(args)
     if args.dry_run and os.environ.get("RANK", "0") != "0":
         return ExitCode.DONE  # the first rank speaks
     if args.dry_run or not how.is_rank:

@@ -8,6 +8,7 @@ Debian, a host's own name resolves to 127.0.1.1 on itself.  Needs root and iprou
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,21 +102,45 @@ class Hosts:
 
     def left_over(self, name: str) -> list[str]:
         """Processes that still run on a host."""
-        listed = subprocess.run(
-            ["ip", "netns", "pids", self._space(name)], capture_output=True, text=True, check=True
-        )
         found = []
-        for pid in listed.stdout.split():
+        for pid in self._pids(name):
             with suppress(OSError):
                 found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found
+
+    def power_off(self, name: str) -> None:
+        """What a power cut does to a host: nothing on it says goodbye."""
+        while pids := self._pids(name):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def ssh(self) -> Path:
+        """A stand-in for ssh: `SSH HOST "WORDS"` runs them there; 255 says that it was lost."""
+        path = self.folder / "ssh"
+        cases = "".join(
+            f'{name}) set -- {shlex.join(self.command(name, "sh", "-c"))} "$2" ;;\n'
+            for name in self.names
+        )
+        lost = 'echo "ssh: Could not resolve hostname $1" >&2; exit 255'
+        path.write_text(
+            f'#!/bin/sh\ncase "$1" in\n{cases}*) {lost} ;;\nesac\n'
+            '"$@" || { code=$?; [ $code -eq 137 ] && exit 255; exit $code; }\n'
+        )
+        path.chmod(0o755)
+        return path
 
     def tear_down(self) -> None:
         """End what runs on the hosts and take all away."""
         for process in self.processes:
             if process.poll() is None:
-                kill(process)
+                process.kill()
+                process.wait()
             process.stdout.close()  # type: ignore[union-attr]
+        for name in self.names:
+            with suppress(subprocess.CalledProcessError):
+                self.power_off(name)
         for name in [*self.names, "switch"]:
             space = f"{self.tag}-switch" if name == "switch" else self._space(name)
             with suppress(subprocess.CalledProcessError):
@@ -125,14 +150,14 @@ class Hosts:
         port = f"port{self.names.index(name)}"
         _ip("-n", f"{self.tag}-switch", "link", "set", port, state)
 
+    def _pids(self, name: str) -> list[int]:
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self._space(name)], capture_output=True, text=True, check=True
+        )
+        return [int(pid) for pid in listed.stdout.split()]
+
     def _space(self, name: str) -> str:
         return f"{self.tag}-{name}"
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """What a power cut does to a host: nothing on it says goodbye."""
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @contextmanager

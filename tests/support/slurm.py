@@ -89,7 +89,11 @@ class Slurm:
         }
         options = [f"--{name}={path}" for name, path in files.items()]
         # --force: the folder of a test may be open to more people than munge likes.
-        self.munged = subprocess.Popen(["munged", "--foreground", "--force", *options])
+        self.munged = subprocess.Popen(
+            ["munged", "--foreground", "--force", *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         wait_until((self.folder / "munge.socket").exists, 20, "munged")
         self._start("head", "slurmctld", "-D")
         for name in self.nodes:

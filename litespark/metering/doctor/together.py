@@ -200,9 +200,13 @@ class Together:
         self._barrier()
         seconds = time.perf_counter() - started
         expected = self.world_size * (self.world_size + 1) / 2
-        if not bool((values == expected).all()):
-            seen = f"{self.ranks[self.rank].name} got another sum than {expected:g}"
-            return [wrong("all-reduce", seen, "take this node out and test its memory")]
+        is_right = torch.zeros(self.world_size)
+        is_right[self.rank] = float(bool((values == expected).all()))
+        dist.all_reduce(is_right)
+        if not bool(is_right.all()):
+            names = [rank.name for rank in self.ranks if not is_right[rank.number]]
+            seen = f"another sum than {expected:g} came to {', '.join(names)}"
+            return [wrong("all-reduce", seen, "take these nodes out and test their memory")]
         bus = 2 * (self.world_size - 1) / self.world_size * count * 4 / seconds / 1e9
         backend = "NCCL" if self._is_cuda() else "gloo"
         return [fine("all-reduce", f"{count * 4 >> 20} MiB over {backend}: {bus:.2f} GB/s (bus)")]
