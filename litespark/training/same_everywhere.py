@@ -1,4 +1,4 @@
-"""Whether all ranks run the same code with the same configuration and packages.
+"""Whether all ranks run the same code with the same configuration, and write into one folder.
 
 Nodes are given their code one by one, and one that was forgotten trains along with other
 arithmetic, or waits for ever in a collective that the others do not know.  Each rank therefore
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from litespark.config.schema import RunConfig
@@ -19,7 +22,8 @@ from litespark.errors import UserError
 from litespark.parallel.groups import gather_objects
 from litespark.utils.facts import Facts, code_facts, differences, package_facts
 
-_NAMED = 5  # differences that a message names
+_NAMED = 5  # differences, and nodes, that a message names
+_FOLDER_SECONDS = 40.0  # an NFS client asks again after 30 s at the latest
 
 _FIXES = {
     "code": "Give every node the same commit, or one folder that all of them see.",
@@ -57,6 +61,44 @@ def check_same_everywhere(
     )
     error.on_every_rank = True
     raise error
+
+
+def check_same_folder(
+    folder: Path, *, is_first: bool, gather: Callable[[Any], list[Any]] = gather_objects
+) -> None:
+    """Whether what the first rank writes into the run's folder is seen by all.
+
+    Every rank writes its part of a checkpoint there, and the first one gives it its name.
+
+    Raises:
+        UserError: on every rank alike; it names the nodes that have a folder of their own.
+    """
+    mark = folder / gather(f".start-{secrets.token_hex(4)}")[0]
+    if is_first:
+        mark.touch()
+    gather(None)  # it is there now
+    answers = gather((socket.gethostname(), _is_seen(mark)))
+    if is_first:
+        mark.unlink(missing_ok=True)
+    blind = list(dict.fromkeys(host for host, sees in answers if not sees))
+    if blind:
+        error = UserError(
+            f"run.output_dir = {folder}",
+            f"is another folder on {', '.join(blind[:_NAMED])} than on {answers[0][0]}",
+            "Give a folder on a file system that all nodes share.",
+        )
+        error.on_every_rank = True
+        raise error
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether a file that exists shows up here; network file systems remember that it did not."""
+    deadline = time.monotonic() + _FOLDER_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight
-from litespark.training.same_everywhere import check_same_everywhere
+from litespark.training.same_everywhere import check_same_everywhere, check_same_folder
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
@@ -67,6 +67,7 @@ def set_up(config: RunConfig) -> TrainingRun:
     run = build_run(config, process)
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
+    check_same_folder(run.folder, is_first=run.process.is_first)
     _resume(run, checked)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))

@@ -22,9 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("LITESPARK_TEST_LAUNCH") != "1":
         reason = "takes minutes: make test-launch"
     for item in items:
-        if reason is not None and Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.timeout(1800))
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from litespark.parallel.nodes import (
     parse_node_range,
     reachable_members,
 )
+from litespark.training import same_everywhere
 from litespark.training.same_everywhere import check_same_everywhere
 from litespark.utils import network
 from litespark.utils.facts import code_facts
@@ -144,8 +147,6 @@ def answers_of(*ranks):
 
 def exchanged(config, host, change=None):
     """What a rank on `host` would send; `change` edits its facts."""
-    from litespark.training import same_everywhere
-
     sent = []
 
     class Stop(Exception):
@@ -185,6 +186,49 @@ def test_other_code_and_other_configurations_are_named(tmp_path):
     assert "code: not the same" in str(caught.value)
     assert "litespark/training/step.py is" in str(caught.value)
     assert "another on node-b" in str(caught.value)
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
+    """Two ranks as threads, each with its own view of the run's folder."""
+    monkeypatch.setattr(same_everywhere, "_FOLDER_SECONDS", 0.3)
+    monkeypatch.setattr(
+        same_everywhere.socket, "gethostname", lambda: threading.current_thread().name
+    )
+    meeting, values = threading.Barrier(2), {}
+
+    def look(is_first: bool, folder: Path) -> str:
+        def gather(value):
+            values[is_first] = value
+            meeting.wait(10)
+            answers = [values[True], values[False]]
+            meeting.wait(10)
+            return answers
+
+        try:
+            same_everywhere.check_same_folder(folder, is_first=is_first, gather=gather)
+        except UserError as error:
+            return str(error)
+        return "the same"
+
+    for other, words in (
+        (tmp_path / "one", "the same"),
+        (tmp_path / "two", "is another folder on node-b than on node-a"),
+    ):
+        folders = {"node-a": tmp_path / "one", "node-b": other}
+        said: dict[str, str] = {}
+
+        def rank(folders=folders, said=said) -> None:
+            name = threading.current_thread().name
+            folders[name].mkdir(exist_ok=True)
+            said[name] = look(name == "node-a", folders[name])
+
+        threads = [threading.Thread(target=rank, name=name) for name in folders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(words in text for text in said.values()), said
+        assert list(folders["node-a"].iterdir()) == [], "nothing is left"
 
 
 @pytest.mark.parametrize(
