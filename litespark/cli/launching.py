@@ -87,6 +87,13 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the other nodes (default: 600)",
     )
+    several.add_argument(
+        "--lost-after",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="give a node up when nothing has been heard of it for so long (default: 60)",
+    )
 
 
 def add_restarts_argument(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +182,12 @@ def _node_options(args: argparse.Namespace) -> NodeOptions | None:
         raise UserError(
             f"--join-timeout {args.join_timeout:g}", "is no time to wait", "Give seconds above 0."
         )
+    if not args.lost_after >= 12:
+        raise UserError(
+            f"--lost-after {args.lost_after:g}",
+            "is too short for 12 heartbeats",
+            "Give 12 or more.",
+        )
     return NodeOptions(
         minimum=minimum,
         maximum=maximum,
@@ -184,6 +197,7 @@ def _node_options(args: argparse.Namespace) -> NodeOptions | None:
         node_rank=args.node_rank,
         address=args.local_addr,
         join_seconds=args.join_timeout,
+        lost_seconds=args.lost_after,
     )
 
 

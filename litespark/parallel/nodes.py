@@ -17,7 +17,10 @@ class NodeOptions:
     """How many nodes run together, and where they meet.
 
     `node_rank` is None where nodes are numbered in the order of their names; `address` is None
-    where this node's is that of the route to `host`.
+    where this node's is that of the route to `host`.  A node is given up when nothing has been
+    heard of it for `lost_seconds`.  torch's 15 are too few: an agent that gets no processor time
+    for so long (seen, at a load of 60 on 2 cores) is no lost node, and taken for one, it goes on
+    beside those who start without it, until the run folder's lock stops them.
     """
 
     minimum: int
@@ -28,6 +31,7 @@ class NodeOptions:
     node_rank: int | None = None
     address: str | None = None
     join_seconds: float = 600.0
+    lost_seconds: float = 60.0
 
     @property
     def is_elastic(self) -> bool:

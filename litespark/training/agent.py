@@ -12,7 +12,7 @@ runs of days need:
 - Who came, who is missing and why it ends is said in a line, not in a traceback.
 
 When a node is lost, the ranks of the others fail.  Their agents meet again, without the lost one
-once its heartbeats have been missing for a minute, and start at the new size from the newest
+once its heartbeats have been missing for `--lost-after`, and start at the new size from the newest
 checkpoint.  When a node comes, the others stop their ranks, which save, and start with it.
 """
 
@@ -25,11 +25,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
-    WorkerGroup,
     WorkerSpec,
     WorkerState,
 )
@@ -62,10 +62,7 @@ from litespark.utils.network import (
 )
 
 _LAST_CALL_SECONDS = 10.0  # how long the others may take once MIN nodes are there
-# How often and how often in vain a node is listened for.  torch's three times are too few: an agent
-# that gets no processor time for 15 s (seen, at a load of 60 on 2 cores) is no lost node, and taken
-# for one, it goes on beside those who start without it, until the run folder's lock stops them.
-_HEARTBEAT_SECONDS, _HEARTBEATS_MISSED = 5, 12
+_HEARTBEATS_MISSED = 12  # of a node that is given up
 _NAME_SECONDS = 20.0  # until a pod's name is in Kubernetes' DNS
 
 
@@ -111,7 +108,7 @@ def run_node(
     agent = NodeAgent(spec, nodes, own, run_folder / "events.jsonl")
     leaves_for_good = True
     try:
-        result = agent.run()
+        result: Any = agent.run()
     except SignalException as error:
         leaves_for_good = False  # the others may go on without this node
         return code_after_signal(error.sigval, agent.events, agent.started)
@@ -160,7 +157,7 @@ def _rendezvous_handler(nodes: NodeOptions, address: str, *, is_host: bool) -> R
             is_host=is_host,
             join_timeout=max(1, round(nodes.join_seconds)),
             last_call_timeout=round(_LAST_CALL_SECONDS),
-            keep_alive_interval=_HEARTBEAT_SECONDS,
+            keep_alive_interval=max(1, round(nodes.lost_seconds / _HEARTBEATS_MISSED)),
             keep_alive_max_attempt=_HEARTBEATS_MISSED,
         )
     )
@@ -191,7 +188,8 @@ class NodeAgent(LocalElasticAgent):
         _say(f"error: rank {rank} on {socket.gethostname()} {how_it_ended(code)}")
         return ExitCode.FAILED
 
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+    # torch's methods are wrapped by an untyped decorator, which hides their signatures.
+    def _rendezvous(self, worker_group: Any) -> None:  # type: ignore[override]
         """Meet the other nodes, agree on their order, and number the ranks of this one."""
         spec = worker_group.spec
         self.started = time.time()
@@ -218,13 +216,13 @@ class NodeAgent(LocalElasticAgent):
         worker_group.group_world_size = meeting.world_size
         worker_group.master_addr = members[0].address
         worker_group.master_port = int(store.get("litespark/ranks_port"))
-        worker_group.workers = self._assign_worker_ranks(
-            store, group_rank, meeting.world_size, spec
-        )
+        number_ranks: Any = self._assign_worker_ranks
+        worker_group.workers = number_ranks(store, group_rank, meeting.world_size, spec)
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def _monitor_workers(self, worker_group: Any) -> RunResult:  # type: ignore[override]
         """Look at the ranks; a failure that a new start would repeat uses up all restarts."""
-        result = super()._monitor_workers(worker_group)
+        look: Any = super()._monitor_workers
+        result: RunResult = look(worker_group)
         if result.state != WorkerState.FAILED:
             return result
         rank, code = _first_failure(result)

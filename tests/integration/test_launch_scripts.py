@@ -192,7 +192,16 @@ def network(tmp_path) -> Iterator[hosts.Hosts]:
 
 def start(network: hosts.Hosts, name: str, *arguments: str, **variables: str):
     script = str(LAUNCH / "torchrun_multinode.sh")
-    options = ["--nproc", "1", "--rdzv-endpoint", "node-a", "--join-timeout", "300"]
+    options = [
+        "--nproc",
+        "1",
+        "--rdzv-endpoint",
+        "node-a",
+        "--join-timeout",
+        "300",
+        "--lost-after",
+        "12",
+    ]
     return network.start(name, script, *options, *arguments, **variables)
 
 

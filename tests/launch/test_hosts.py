@@ -93,6 +93,7 @@ def test_a_host_that_loses_power_and_comes_back(job, undisturbed):
     run.hosts.power_off("node-b")
     run.wait_for(lambda: any("DP1" in detail for detail in resumed(folder)), "one host goes on")
     assert "1 node of 1:2, 2 ranks: node-a; lost: node-b" in run.log.read_text()
+    run.hosts.power_on("node-b")
     run.wait_for(lambda: any("DP2" in detail for detail in resumed(folder)), "both go on")
     assert "new: node-b" in run.log.read_text()
     assert run.end() == 0, run.log.read_text()

@@ -109,12 +109,17 @@ class Hosts:
         return found
 
     def power_off(self, name: str) -> None:
-        """What a power cut does to a host: nothing on it says goodbye."""
+        """What a power cut does to a host: nothing on it says goodbye, nobody gets in by `ssh`."""
+        (self.folder / f"off.{name}").touch()
         while pids := self._pids(name):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+
+    def power_on(self, name: str) -> None:
+        """Let `ssh` in again."""
+        (self.folder / f"off.{name}").unlink()
 
     def ssh(self) -> Path:
         """A stand-in for ssh: `SSH HOST "WORDS"` runs them there; 255 says that it was lost."""
@@ -125,7 +130,8 @@ class Hosts:
         )
         lost = 'echo "ssh: Could not resolve hostname $1" >&2; exit 255'
         path.write_text(
-            f'#!/bin/sh\ncase "$1" in\n{cases}*) {lost} ;;\nesac\n'
+            f'#!/bin/sh\n[ ! -e "{self.folder}/off.$1" ] || exit 255\n'
+            f'case "$1" in\n{cases}*) {lost} ;;\nesac\n'
             '"$@" || { code=$?; [ $code -eq 137 ] && exit 255; exit $code; }\n'
         )
         path.chmod(0o755)

@@ -71,8 +71,9 @@ def check_devices() -> Iterator[Finding]:
     else:
         yield fine("driver", f"{driver}, for torch's CUDA {built}")
     if torch.cuda.is_available():
-        number = ".".join(map(str, torch.cuda.nccl.version()))
-        yield fine("NCCL", number)
+        from torch.cuda import nccl
+
+        yield fine("NCCL", ".".join(map(str, nccl.version())))
 
 
 def check_health() -> Iterator[Finding]:

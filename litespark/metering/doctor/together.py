@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from litespark.metering.doctor.finding import Finding, fine, warning, wrong
 from litespark.parallel.device import ComputeDevice, select_device
@@ -76,7 +77,7 @@ class Together:
         self.world_size = integer_from_environment("WORLD_SIZE")
         self.local_world_size = integer_from_environment("LOCAL_WORLD_SIZE")
         wait = timedelta(seconds=timeout_seconds)
-        self.store = dist.TCPStore(
+        self.store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             None,
@@ -158,7 +159,7 @@ class Together:
             choose_interface()
         dist.init_process_group(
             self.device.distributed_backend,
-            store=dist.PrefixStore("doctor/group", self.store),
+            store=PrefixStore("doctor/group", self.store),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout),
