@@ -14,7 +14,7 @@ from litespark.version import __version__
 
 COMMANDS = (
     *("preprocess", "data", "train", "export", "import", "generate", "report", "bench"),
-    "plan",
+    *("plan", "doctor"),
 )
 
 

@@ -2,7 +2,7 @@
 
 Patches are applied here, and in `single.py` for the commands that need no training.
 
-processes, patches, user's mistakes, groups, seed, model, optimizer, data, checkpoint
+processes, patches, sameness, user's mistakes, groups, seed, model, optimizer, data, checkpoint
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight, remote_candidates
+from litespark.training.same_everywhere import check_same_everywhere, check_same_folder
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
@@ -69,10 +70,12 @@ def set_up(config: RunConfig) -> TrainingRun:
         UserError: on every rank alike, whichever rank found the mistake.
     """
     process = start_processes(config)
+    check_same_everywhere(config)
     checked = on_all_ranks(lambda: preflight(config, process.world_size))
     run = build_run(config, process)
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
+    check_same_folder(run.folder, is_first=run.process.is_first)
     _resume(run, _candidates(run, checked))
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
