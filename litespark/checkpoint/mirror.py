@@ -129,7 +129,7 @@ class Mirror:
         except Exception as error:  # whatever it is, training goes on
             if not isinstance(error, (OSError, LitesparkError)):
                 logger.exception("a checkpoint could not be sent")
-            problem = f"{type(error).__name__}: {error}"
+            problem = str(getattr(error, "strerror", None) or error)
         seconds = time.perf_counter() - started
         step = _step(checkpoint.name)
         return SendOutcome(step, f"{self.place}/{checkpoint.name}", problem, num_bytes, seconds)
