@@ -118,7 +118,10 @@ class Mirror:
                     return
                 checkpoint = self._current
             self._last = self._send(checkpoint)
-            self._on_outcome(self._last)
+            try:
+                self._on_outcome(self._last)
+            except Exception:  # a full disk takes no line either; the next one is sent all the same
+                logger.exception("how the sending ended could not be told")
 
     def _send(self, checkpoint: Path) -> SendOutcome:
         started, problem, num_bytes = time.perf_counter(), "", 0
