@@ -118,7 +118,10 @@ class Mirror:
                     return
                 checkpoint = self._current
             self._last = self._send(checkpoint)
-            self._on_outcome(self._last)
+            try:
+                self._on_outcome(self._last)
+            except Exception:  # a full disk takes no line either; the next one is sent all the same
+                logger.exception("how the sending ended could not be told")
 
     def _send(self, checkpoint: Path) -> SendOutcome:
         started, problem, num_bytes = time.perf_counter(), "", 0
@@ -129,7 +132,7 @@ class Mirror:
         except Exception as error:  # whatever it is, training goes on
             if not isinstance(error, (OSError, LitesparkError)):
                 logger.exception("a checkpoint could not be sent")
-            problem = f"{type(error).__name__}: {error}"
+            problem = str(getattr(error, "strerror", None) or error)
         seconds = time.perf_counter() - started
         step = _step(checkpoint.name)
         return SendOutcome(step, f"{self.place}/{checkpoint.name}", problem, num_bytes, seconds)

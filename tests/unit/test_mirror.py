@@ -222,13 +222,25 @@ def test_a_store_that_is_gone_is_told_and_used_again_when_it_is_back(
     running = Mirror(kept(), outcomes.append)
     store.rm(BUCKET, recursive=True)
     running.offer(checkpoints / step(1))
-    assert PLACE in running.wait().problem
+    assert running.wait().problem
     with pytest.raises(LitesparkError, match=r"shelf.*cannot be read"):
         remote_checkpoints(PLACE)
     store.mkdir(BUCKET)
     running.offer(checkpoints / step(2))
     assert running.wait().problem == ""
     assert [bool(outcome.problem) for outcome in outcomes] == [True, False]
+
+
+def test_who_cannot_be_told_does_not_end_the_sending(store, checkpoints, caplog):
+    def full(outcome):
+        raise OSError(28, "No space left on device")
+
+    running = Mirror(kept(), full)
+    for number in (1, 2):
+        running.offer(checkpoints / step(number))
+        assert running.wait(60).problem == ""
+    assert steps(store) == [1, 2]
+    assert "could not be told" in caplog.text
 
 
 def config(resume, place=PLACE) -> Any:

@@ -186,9 +186,9 @@ class _Report:
             *(outcome.checkpoint.name, outcome.num_bytes / 1e9, outcome.seconds),
             "" if waited is None else f", for which training waited {waited:.2f} s",
         )
-        run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
         if self.mirror is not None:
             self.mirror.offer(outcome.checkpoint)
+        run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
         self.on_saved(outcome.checkpoint)
 
 
