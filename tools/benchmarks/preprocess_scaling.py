@@ -127,7 +127,7 @@ def main() -> None:
             run["mb_per_cpu_second"] = round(mb / run["cpu_seconds"], 1)
             run["tokens_per_second"] = round(run["tokens"] / run["wall_seconds"])
             runs.append(run)
-            growth = run["mb_per_second"] / runs[0]["mb_per_second"]
+            growth = run["tokens_per_second"] / runs[0]["tokens_per_second"]
             print(
                 f"{workers:3} workers: {mb:7.1f} MB in {run['wall_seconds']:6.2f} s, "
                 f"{run['mb_per_second']:7.1f} MB/s ({growth:.1f} x), "
