@@ -189,11 +189,10 @@ REFERENCE_LAYOUTS = [
 FUSED_LAYOUTS = [
     *("TP2", "TP2xPP2+SP", "PP2 interleaved", "DP2", "DP2 distributed optimizer"),
     *("DP2 overlapped", "PP2 selective recompute", "TP2+SP full recompute", "CP2"),
-    *("TP2xCP2+SP", "CP2xPP2 interleaved", "CP4", "CP2 full recompute"),
+    *("TP2xCP2+SP", "CP2xPP2 interleaved", "CP4 full recompute"),
 ]
 CONTEXT_LAYOUTS = {
-    "CP4": (4, "parallel.context=4 batch.micro=4"),
-    "CP2 full recompute": (2, "parallel.context=2 training.recompute=full"),
+    "CP4 full recompute": (4, "parallel.context=4 batch.micro=4 training.recompute=full"),
 }
 
 

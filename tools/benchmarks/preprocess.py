@@ -61,7 +61,11 @@ def measure(
     Raises:
         SystemExit: when it fails.
     """
-    environment = os.environ | {"PYTHONPATH": str(cwd), "TOKENIZERS_PARALLELISM": "false"}
+    paths = [str(cwd), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     started, before = time.perf_counter(), os.times()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
