@@ -60,7 +60,8 @@ def hf_hidden(source: HFSource, ids_s: Tensor) -> Tensor:
     kind = values.pop("model_type", source.model.hf_family)
     # The embedding is looked up here: a vocabulary of one row keeps it out of memory.
     values |= {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None, "layer_types": None}
-    model: Any = AutoModel.from_config(AutoConfig.for_model(kind, **values)).float().eval()
+    config = AutoConfig.for_model(kind, **values)
+    model: Any = AutoModel.from_config(config, trust_remote_code=False).float().eval()
     norm, model.norm = model.norm, torch.nn.Identity()
     embedding = source.tensors[EMBEDDING.hf_names[0]]
     hidden_sh = torch.empty(len(ids_s), source.model.hidden_size)

@@ -167,7 +167,11 @@ def _whole(
     _round(ours, source.dtype)
     ours.eval()
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        source.folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
