@@ -36,7 +36,7 @@ def litespark_hidden(
 ) -> Tensor:
     """Hidden states [s, h] after the final norm, from a checkpoint's weights rounded to `dtype`."""
     model = config.model
-    stage = _one_layer(config)
+    stage: Any = _one_layer(config)
     names = _parameters_by_key(stage)
     hidden_s1h = _embed(reader, ids_s).to(dtype).float()[:, None]
     entries = [entry for entry in reader.family.entries(model) if entry.is_per_layer]
