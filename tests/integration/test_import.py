@@ -72,6 +72,10 @@ def test_import_and_export_give_back_all_files(made, tmp_path):
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == GENERATION
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["eos_token_id"] == GENERATION["eos_token_id"]
+    # And in again: the same checkpoint, byte for byte, but for the names of its origins.
+    again = import_hf(tmp_path / "out", tmp_path / "again", Importing())
+    assert content(again.checkpoint / "state") == content(imported.checkpoint / "state")
+    assert RunState.read(again.checkpoint) == state
 
     from transformers import AutoTokenizer
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from litespark.checkpoint.hf.config_json import FILE_NAME as CONFIG_JSON
 from litespark.checkpoint.hf.folder import (
     GENERATION_CONFIG,
     generation_config,
@@ -123,19 +124,11 @@ def export_checkpoint(
         "checkpoint": str(checkpoint.resolve()),
         "identity": _identity(checkpoint),
         "dtype": dtype_name,
-        "files": [file.name for file in files],
+        "max_shard_bytes": options.max_shard_bytes,
     }
     with staged(out_dir, task, resume=options.resume) as staging:
         write_weights(staging, files, dtype, options.on_bytes)
-        generation = generation_config(shipped)
-        ids = generation.get("bos_token_id"), generation.get("eos_token_id")
-        folder = staging.folder
-        write_json(folder / "config.json", config_json(model, dtype_name, *ids))
-        write_json(folder / GENERATION_CONFIG, generation)
-        if shipped is not None:
-            write_tokenizer(folder, shipped, model.max_sequence_length)
-        card = model_card(state, num_parameters, dtype_name)
-        write_text_atomically(folder / "README.md", card)
+        _write_small_files(staging.folder, state, shipped, dtype_name, num_parameters)
         _describe(staging, state, dtype_name)
     return ExportedModel(
         folder=out_dir,
@@ -222,6 +215,24 @@ class _Blocks:
         reader, (run,) = self.last.reader, runs
         for _, rows in reader.pieces(self.entry, run.num_rows):
             yield rows
+
+
+def _write_small_files(
+    folder: Path,
+    state: RunState,
+    shipped: Tokenizer | None,
+    dtype_name: str,
+    num_parameters: int,
+) -> None:
+    """All but the weights and the manifest; a resumed export writes it again."""
+    model, generation = state.model_config(), generation_config(shipped)
+    ids = generation.get("bos_token_id"), generation.get("eos_token_id")
+    write_json(folder / CONFIG_JSON, config_json(model, dtype_name, *ids))
+    write_json(folder / GENERATION_CONFIG, generation)
+    if shipped is not None:
+        write_tokenizer(folder, shipped, model.max_sequence_length)
+    card = model_card(state, num_parameters, dtype_name)
+    write_text_atomically(folder / "README.md", card)
 
 
 def _describe(staging: Staging, state: RunState, dtype_name: str) -> None:

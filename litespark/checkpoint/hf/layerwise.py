@@ -36,7 +36,7 @@ def litespark_hidden(
 ) -> Tensor:
     """Hidden states [s, h] after the final norm, from a checkpoint's weights rounded to `dtype`."""
     model = config.model
-    stage = _one_layer(config)
+    stage: Any = _one_layer(config)
     names = _parameters_by_key(stage)
     hidden_s1h = _embed(reader, ids_s).to(dtype).float()[:, None]
     entries = [entry for entry in reader.family.entries(model) if entry.is_per_layer]
@@ -60,7 +60,8 @@ def hf_hidden(source: HFSource, ids_s: Tensor) -> Tensor:
     kind = values.pop("model_type", source.model.hf_family)
     # The embedding is looked up here: a vocabulary of one row keeps it out of memory.
     values |= {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None, "layer_types": None}
-    model: Any = AutoModel.from_config(AutoConfig.for_model(kind, **values)).float().eval()
+    config = AutoConfig.for_model(kind, **values)
+    model: Any = AutoModel.from_config(config, trust_remote_code=False).float().eval()
     norm, model.norm = model.norm, torch.nn.Identity()
     embedding = source.tensors[EMBEDDING.hf_names[0]]
     hidden_sh = torch.empty(len(ids_s), source.model.hidden_size)

@@ -147,14 +147,11 @@ def to_hf(
         stored: Litespark's tensor of that layer, without the layer axis.
         model: the model's shape.
     """
-    for name, shape in zip(entry.names(layer), entry.hf_shapes(model), strict=True):
-        part = entry.names(layer).index(name)
-        value = stored.new_empty(shape)
-        for run in entry.runs(model):
-            if run.part == part:
-                rows = stored.narrow(0, run.stored_start, run.num_rows)
-                value.narrow(0, run.part_start, run.num_rows).copy_(rows)
-        yield name, value
+    values = [stored.new_empty(shape) for shape in entry.hf_shapes(model)]
+    for run in entry.runs(model):
+        rows = stored.narrow(0, run.stored_start, run.num_rows)
+        values[run.part].narrow(0, run.part_start, run.num_rows).copy_(rows)
+    yield from zip(entry.names(layer), values, strict=True)
 
 
 LAYER = "model.layers.{layer}."

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,9 +167,14 @@ def _whole(
     load_weights(checkpoint, [ours])
     _round(ours, source.dtype)
     ours.eval()
-    theirs, report = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    theirs, report = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             raise LitesparkError(f"transformers reports {what} {sorted(report[what])[:5]}")
