@@ -37,6 +37,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where to write (default: RUN_DIR/report.html)"
     )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="DIR",
+        help="also write every chart as a PNG file into this folder; needs litespark[plot]",
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
     """
     from litespark.metering.report import write_report
 
-    sys.stdout.write(f"wrote {write_report(args.run_dir, args.compare, args.output)}\n")
+    sys.stdout.write(f"wrote {write_report(args.run_dir, args.compare, args.output, args.png)}\n")
     return 0

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from litespark.metering.run_log import RunLog
+from litespark.metering.run_log import ENERGY_KEYS, RunLog
 from litespark.metering.svg import Chart, Series
 
 WIDE = 1060  # pixels of a chart that takes the whole width
@@ -20,6 +20,7 @@ _SMOOTHING_SHARE = 200  # two passes of this half-width make a window of a fifti
 _MIN_SMOOTHED_STEPS = 20
 _MAX_MARKERS = 60
 _MAX_NAME_CHARACTERS = 28
+_JOULES_PER_KILOWATT_HOUR = 3.6e6
 
 
 class _Curve(NamedTuple):
@@ -40,12 +41,14 @@ _CURVES = (
     _Curve("Throughput", "tokens_per_second", "tokens per second"),
     _Curve("MFU", "mfu", "% of the dense BF16 peak, causal attention", factor=100.0),
     _Curve("Power", "power_watts", "watts, all GPUs"),
+    _Curve("Energy of training", "joules_per_token", "joules per 1000 tokens", factor=1000.0),
+    _Curve("Memory", "memory_bytes", "GiB, peak of the fullest rank", factor=2.0**-30),
 )
 
 
 def run_charts(run: RunLog, other: RunLog | None, names: tuple[str, str]) -> list[Chart]:
     """All charts of a report, of one run or of two; some may have nothing to show."""
-    marks = [(float(step), "resumed") for step in run.resume_steps()]
+    marks = run.marks()
     charts = [_loss_chart(run, other, names, marks)]
     if len(run.steps) >= 2 * _MIN_SMOOTHED_STEPS:
         charts.append(_late_loss_chart(run, other, names, marks))
@@ -64,7 +67,55 @@ def run_charts(run: RunLog, other: RunLog | None, names: tuple[str, str]) -> lis
                 clips_outliers=curve.clips_outliers,
             )
         )
+    charts.append(_energy_chart(run, other, names, marks))
+    charts.append(_stall_chart(run, marks))
     return charts
+
+
+def _energy_chart(
+    run: RunLog, other: RunLog | None, names: tuple[str, str], marks: list[tuple[float, str]]
+) -> Chart:
+    """All joules of the GPUs since the first step, added up."""
+    series = [Series(short_name(names[0]), run.steps, _kilowatt_hours(run))]
+    if other is not None:
+        series.append(Series(short_name(names[1]), other.steps, _kilowatt_hours(other), "other"))
+    return Chart("Energy", "step", "kWh since the start, all GPUs", series, marks, from_zero=True)
+
+
+def _kilowatt_hours(run: RunLog) -> list[float]:
+    """Sums over the lines; a line without a figure adds nothing and is a gap."""
+    columns = [run.column(key) for key in ENERGY_KEYS if key != "host_joules"]
+    total, sums = 0.0, []
+    for values in zip(*columns, strict=True):
+        known = [value for value in values if math.isfinite(value)]
+        total += math.fsum(known)
+        sums.append(total / _JOULES_PER_KILOWATT_HOUR if known else math.nan)
+    return sums
+
+
+def _stall_chart(run: RunLog, marks: list[tuple[float, str]]) -> Chart:
+    """Where each step's time goes, as far as the host sees it; lines cover several steps."""
+    before = [0, *run.steps[:-1]]
+    counts = [max(1, step - last) for step, last in zip(run.steps, before, strict=True)]
+    waits = _per_step(run, "data_wait_seconds", counts)
+    saves = _per_step(run, "checkpoint_seconds", counts)
+    computing = [
+        seconds - (wait if math.isfinite(wait) else 0.0)
+        for seconds, wait in zip(run.column("step_seconds"), waits, strict=True)
+    ]
+    series = [
+        Series("computing", run.steps, computing),
+        Series("waiting for data", run.steps, waits, "second"),
+        Series("held up by checkpoints", run.steps, saves, "other"),
+    ]
+    title = "Where a step's time goes"
+    return Chart(
+        *(title, "step", "seconds per step", series, marks), from_zero=True, clips_outliers=True
+    )
+
+
+def _per_step(run: RunLog, key: str, counts: Sequence[int]) -> list[float]:
+    return [value / count for value, count in zip(run.column(key), counts, strict=True)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -16,6 +16,8 @@ from litespark.errors import UserError
 from litespark.metering.charts import WIDE, run_charts, short_name
 from litespark.metering.flops import flops_per_token, total_parameters
 from litespark.metering.headline import Figure, headline, large_count
+from litespark.metering.png import write_pngs
+from litespark.metering.report_energy import ENERGY_STYLE, energy_section, modules_section
 from litespark.metering.run_log import CONFIG_FILE, RunLog, read_run
 from litespark.metering.svg import CHART_STYLE, line_chart
 from litespark.utils.files import write_text_atomically
@@ -84,7 +86,10 @@ summary { cursor: pointer; padding: 8px 0; }
 
 
 def write_report(
-    run_dir: Path, compare_dir: Path | None = None, output: Path | None = None
+    run_dir: Path,
+    compare_dir: Path | None = None,
+    output: Path | None = None,
+    png_dir: Path | None = None,
 ) -> Path:
     """Read a run, and perhaps one to compare it with, and write the page; returns its path.
 
@@ -92,6 +97,7 @@ def write_report(
         run_dir: folder of the run.
         compare_dir: folder of another run, drawn into the same charts.
         output: file to write; default: `report.html` in `run_dir`.
+        png_dir: folder for the charts as PNG files, beside the page.
 
     Raises:
         UserError: when a folder holds no run, a file in it cannot be read, or the page not written.
@@ -107,6 +113,8 @@ def write_report(
             f"the report cannot be written ({error.strerror})",
             "Give --output a file in a folder that exists and can be written to.",
         ) from error
+    if png_dir is not None:
+        write_pngs(run, other, _names(run, other), png_dir)
     return path
 
 
@@ -122,8 +130,10 @@ def render_report(run: RunLog, other: RunLog | None = None) -> str:
         _cards(run, other, names),
         "<h2>Figures</h2>",
         _figure_table(run, other, names),
+        energy_section(run),
         "<h2>Layout</h2>",
         _layout_table(run),
+        modules_section(run),
         _difference_table(run, other, names),
         _event_table(run),
         _config_block(run),
@@ -132,7 +142,7 @@ def render_report(run: RunLog, other: RunLog | None = None) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(names[0])} - Litespark run report</title>"
-        f"<style>{_PAGE_STYLE}{CHART_STYLE}</style></head>\n<body><main>\n"
+        f"<style>{_PAGE_STYLE}{ENERGY_STYLE}{CHART_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -300,14 +310,15 @@ def _plain(value: object) -> str:
 
 
 def _event_table(run: RunLog) -> str:
-    if not run.events:
+    told = [event for event in run.events if event.name not in ("energy", "modules")]
+    if not told:
         return ""
     rows = "".join(
         f'<tr><td class="value">{"" if e.step is None else f"{e.step:,}"}</td>'
         f"<td>{escape(e.name)}</td><td>{escape(e.detail)}</td></tr>"
-        for e in run.events[-_MAX_EVENTS:]
+        for e in told[-_MAX_EVENTS:]
     )
-    left_out = len(run.events) - _MAX_EVENTS
+    left_out = len(told) - _MAX_EVENTS
     note = f'<p class="none">{left_out:,} earlier events are not shown.</p>' if left_out > 0 else ""
     return (
         '<h2>Events</h2><div class="card scroll"><table><thead><tr><th>step</th><th>event</th>'

@@ -27,16 +27,37 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 
+# Joules since the line before, by what they were used for; the names in metrics.jsonl.
+ENERGY_KEYS = (
+    *("energy_joules", "evaluation_joules", "checkpoint_joules", "idle_joules"),
+    "host_joules",
+)
+
+# Events that a chart marks, by name, and the words beside the mark.
+_MARKED = {
+    "bad_step": "bad step",
+    "rolled_back": "rolled back",
+    "fp8_guard": "FP8 guard",
+    "hang": "hang",
+    "straggler": "straggler",
+    "stopped": "stopped",
+    "checkpoint_failed": "save failed",
+}
+
 _NAN = math.nan
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to the run; `step` is None when the event does not say."""
+    """Something that happened to the run; `step` is None when the event does not say.
+
+    `fields` are the detail's where it is an object.
+    """
 
     step: int | None
     name: str
     detail: str
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,7 +66,8 @@ class RunLog:
 
     `steps` and each column of `columns` have one entry a logged step; `rewound_steps` are the last
     steps kept where the records go back, `non_finite_losses` counts losses that are NaN or
-    infinite.
+    infinite.  `lost_joules` were used for steps that were done again,
+    `tail_joules` after the last line of a start, by key.
     """
 
     folder: Path
@@ -58,6 +80,8 @@ class RunLog:
     events: list[Event] = field(default_factory=list)
     rewound_steps: list[int] = field(default_factory=list)
     non_finite_losses: int = 0
+    lost_joules: float = 0.0
+    tail_joules: dict[str, list[float]] = field(default_factory=dict)
     is_cut_short: bool = False
 
     def column(self, key: str) -> list[float]:
@@ -67,6 +91,15 @@ class RunLog:
     def finite(self, key: str) -> list[float]:
         """The measured values of `key`, without the steps where there is none."""
         return [value for value in self.column(key) if math.isfinite(value)]
+
+    def marks(self) -> list[tuple[float, str]]:
+        """What happened on the axis of steps: restarts, and what guards did."""
+        found = {(float(step), "resumed") for step in self.resume_steps()}
+        for event in self.events:
+            label = _MARKED.get(event.name)
+            if label is not None and event.step is not None:
+                found.add((float(event.step), label))
+        return sorted(found)
 
     def resume_steps(self) -> list[int]:
         """The steps at which the run went on after an interruption, in order."""
@@ -97,7 +130,20 @@ def read_run(folder: Path) -> RunLog:
     _read_config(run)
     if (folder / EVENTS_FILE).is_file():
         run.events = [_event(record) for _, record in _records(folder / EVENTS_FILE, run)]
+    _read_tails(run)
     return run
+
+
+def _read_tails(run: RunLog) -> None:
+    """The joules that came after the last line, which the event at a run's end tells."""
+    for event in run.events:
+        tail = event.fields.get("tail")
+        if event.name != "energy" or not isinstance(tail, dict):
+            continue
+        for key in ENERGY_KEYS:
+            value = tail.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                run.tail_joules.setdefault(key, []).append(float(value))
 
 
 def _records(path: Path, run: RunLog) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -150,8 +196,10 @@ def _rewind(run: RunLog, step: int) -> None:
         return
     while run.steps and run.steps[-1] >= step:
         run.steps.pop()
-        for column in run.columns.values():
-            column.pop()
+        for key, column in run.columns.items():
+            value = column.pop()
+            if key in ENERGY_KEYS and math.isfinite(value):
+                run.lost_joules += value
     run.validation = {at: loss for at, loss in run.validation.items() if at < step}
     run.rewound_steps = [at for at in run.rewound_steps if at < step]
     run.rewound_steps.append(run.steps[-1] if run.steps else step)
@@ -201,4 +249,5 @@ def _event(record: dict[str, Any]) -> Event:
         step=step if is_step else None,
         name=str(record.get("event", "")),
         detail=detail if isinstance(detail, str) else json.dumps(detail),
+        fields=detail if isinstance(detail, dict) else {},
     )

@@ -96,7 +96,9 @@ def linear_ticks(low: float, high: float, target: int, smallest_step: float = 0.
     """Multiples of 1, 2 or 5 times a power of ten within [low, high], about `target` of them."""
     rough = max((high - low) / max(target, 1), smallest_step)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(f * power for f in (1.0, 2.0, 5.0, 10.0) if f * power >= rough * (1 - 1e-9))
+    # A few more lines than asked for read better than half as many.
+    least = max(0.75 * rough, smallest_step * (1 - 1e-9))
+    step = next(f * power for f in (1.0, 2.0, 5.0, 10.0) if f * power >= least)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 

@@ -78,5 +78,7 @@ def _announce(run: TrainingRun) -> None:
         ", distributed optimizer" if config.parallel.distributed_optimizer else "",
     )
     backend = bare_model(run.chunks[0]).backend
-    for slot, module in slot_table(backend):
+    slots = dict(slot_table(backend))
+    for slot, module in slots.items():
         logger.info("  %-24s %-24s %s", slot, module, backend.name)
+    run.append_event("modules", {"backend": backend.name, **slots})

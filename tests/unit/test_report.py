@@ -14,7 +14,9 @@ from litespark.errors import UserError
 from litespark.metering import svg
 from litespark.metering.charts import smoothed
 from litespark.metering.headline import byte_size, headline, large_count
+from litespark.metering.png import write_pngs
 from litespark.metering.report import render_report, write_report
+from litespark.metering.report_energy import energy_shares
 from litespark.metering.run_log import read_run
 from litespark.metering.svg import Chart, Series, line_chart, thin
 
@@ -136,7 +138,7 @@ def test_the_figures_are_those_of_the_records(tmp_path):
     assert "first try" in page.text
     assert "2.29 billion parameters" in page.text
     assert "14.75 GFLOP a token" in page.text
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 11
 
 
 def test_the_page_needs_nothing_from_outside_and_is_reproducible(tmp_path):
@@ -159,8 +161,8 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path):
     page = Page(write_report(make_run(tmp_path / "run", records)).read_text(encoding="utf-8"))
     for label in ("MFU", "Energy", "Power", "TFLOP/s, causal attention", "Validation loss, last"):
         assert page.row(label)[1] == "not measured"
-    assert "Not measured: MFU, Power." in page.text
-    assert page.tags.count("svg") == 5
+    assert "Not measured: MFU, Power, Energy of training, Energy." in page.text
+    assert page.tags.count("svg") == 7
     assert "no config.yaml" in page.text
 
 
@@ -201,7 +203,7 @@ def test_one_record(tmp_path):
     )
     assert page.row("Steps")[1:] == ["1", "1 logged step"]
     assert page.row("Training loss, first")[1] == page.row("Training loss, last")[1] == "9.9000"
-    assert page.tags.count("circle") == 7  # one in each chart
+    assert page.tags.count("circle") == 13  # one for each line of the eleven charts
 
 
 def test_many_records_stay_small(tmp_path):
@@ -248,7 +250,7 @@ def test_steps_done_again_after_a_crash_count_once(tmp_path):
     assert [math.isnan(value) for value in run.column("new_key")] == [True] * 4 + [False] * 6
     assert run.validation == {}
     assert run.resume_steps() == [4]
-    assert render_report(run).count('class="mark"') == 7  # one in each chart
+    assert render_report(run).count('class="mark"') == 11  # one in each chart
 
 
 def test_resume_events_mark_the_charts(tmp_path):
@@ -264,6 +266,66 @@ def test_resume_events_mark_the_charts(tmp_path):
     page = Page(render_report(run))
     assert ["7", "resumed", '{"tensor": 4}'] in page.rows
     assert ["", "resumed", "who knows where"] in page.rows
+
+
+def test_guards_and_restarts_stand_on_the_axis_of_steps(tmp_path):
+    events = [
+        {"step": 5, "event": "bad_step", "detail": "norm 913"},
+        {"step": 8, "event": "resumed", "detail": ""},
+        {"step": 9, "event": "checkpoint", "detail": "not marked"},
+    ]
+    run = make_run(tmp_path / "run", [step_record(s) for s in range(1, 31)], events=events)
+    assert read_run(run).marks() == [(5.0, "bad step"), (8.0, "resumed")]
+    assert "bad step" in Page(render_report(read_run(run))).text
+
+
+def test_energy_by_purpose_with_what_came_after_the_last_line_and_what_was_lost(tmp_path):
+    records = [step_record(1), step_record(2, evaluation_joules=300.0), step_record(3)]
+    records.insert(2, step_record(3))  # done again after a crash
+    tail = {"energy_joules": 0.0, "checkpoint_joules": 1000.0, "host_joules": None}
+    integrated = {"joules": 3900.0, "uncertainty_joules": 100.0, "seconds": 9.0}
+    detail = {"tail": tail, "gpu_joules": 4000.0, "integrated": integrated}
+    events = [
+        {"step": 3, "event": "energy", "detail": detail},
+        {"step": 0, "event": "modules", "detail": {"backend": "triton", "mlp": "<FusedMLP>"}},
+    ]
+    config = CONFIG + "metering: {grid_grams_per_kwh: 360}\n"
+    run = read_run(make_run(tmp_path / "run", records, config, events))
+    found = {share.key: share.joules for share in energy_shares(run)}
+    assert found == {
+        "energy_joules": 2100.0,
+        "evaluation_joules": 300.0,
+        "checkpoint_joules": 1000.0,
+        "lost_joules": 700.0,
+    }
+    page = Page(render_report(run))
+    assert page.row("training")[1:] == ["2.1 kJ", "51.2 %"]
+    assert page.row("in all")[1] == "4.1 kJ"
+    assert page.row("in all")[2].startswith("0.00041 kg CO2e at 360 g/kWh")
+    assert "-2.5 %" in page.text
+    assert page.row("mlp")[1] == "<FusedMLP>"
+    assert not any("modules" in row for row in page.rows), "no event for people"
+
+
+def test_a_sum_with_holes_says_so(tmp_path):
+    records = [step_record(1), step_record(2, energy_joules=None), step_record(3)]
+    page = Page(render_report(read_run(make_run(tmp_path / "run", records))))
+    assert "2 of 3 lines" in page.row("in all")[2]
+
+
+def test_a_run_without_energy_has_no_section_for_it(tmp_path):
+    records = [step_record(1, energy_joules=None, joules_per_token=None, power_watts=None)]
+    page = Page(render_report(read_run(make_run(tmp_path / "run", records))))
+    assert "steps that were lost" not in page.text
+    assert all(row[0] != "in all" for row in page.rows if row)
+
+
+def test_charts_as_png(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run", [step_record(s) for s in range(1, 31)], CONFIG)
+    written = write_pngs(read_run(run), None, ("a", ""), tmp_path / "png")
+    assert {path.name for path in written} >= {"loss.png", "energy.png", "memory.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_comparison(tmp_path):
@@ -359,7 +421,7 @@ def test_command(tmp_path, capsys):
 
 def test_linear_ticks_are_round_and_inside():
     assert svg.linear_ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
-    assert svg.linear_ticks(2.31, 2.79, 4) == pytest.approx([2.4, 2.6])
+    assert svg.linear_ticks(2.31, 2.79, 4) == pytest.approx([2.4, 2.5, 2.6, 2.7])
     assert svg.linear_ticks(0, 3e-4, 3) == pytest.approx([0, 1e-4, 2e-4, 3e-4])
     assert svg.linear_ticks(1, 3, 9, smallest_step=1.0) == [1, 2, 3]
 
