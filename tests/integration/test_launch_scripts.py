@@ -200,7 +200,7 @@ def start(network: hosts.Hosts, name: str, *arguments: str, **variables: str):
         "--join-timeout",
         "300",
         "--lost-after",
-        "12",
+        "30",
     ]
     return network.start(name, script, *options, *arguments, **variables)
 

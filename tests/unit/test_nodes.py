@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -351,3 +352,22 @@ def test_who_came_and_who_is_missing(capsys):
         agent._tell_members(members)
         assert capsys.readouterr().err == f"litespark: {words}"
         agent.members = members
+
+
+def test_gloo_listens_where_the_others_are(monkeypatch):
+    """Where the first rank's own name is a loopback address to itself, on its way out."""
+    from litespark.parallel import groups
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    groups.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(groups, "outward_address", lambda: "10.0.0.7")
+    monkeypatch.setattr(groups, "interface_of", {"10.0.0.7": "eth7", "10.0.0.8": "eth8"}.get)
+    groups.choose_interface()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth7"
+    monkeypatch.setattr(groups, "address_towards", lambda address: "10.0.0.8")
+    groups.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth8"
