@@ -2,7 +2,7 @@
 #   make quickstart              the whole path, raw text to generated text, on this machine's CPU
 #   QUICKSTART=short make quickstart   the same in under two minutes
 #   make test | lint | types     what CI runs
-#   make test-launch             runs on several hosts, Slurm: 10 minutes on 2 idle cores, as root
+#   make test-launch             runs on several hosts, and a real Slurm: many minutes, as root
 #   make install PYTHON=python3.12     with another Python (3.10 to 3.13)
 #   make install TORCH="torch==2.12.0" with a torch of your choice
 

@@ -79,8 +79,9 @@ esac
 folder=$(mktemp -d)
 mkfifo "$folder/hold"
 exec 9<> "$folder/hold" # open for as long as the run shall last
-# Closed, the remote ends read the end of the file, save and stop.
-trap 'exec 9>&-' INT TERM HUP USR1
+# Closed, the remote ends read the end of the file, save and stop; none is started again.
+interrupted=''
+trap 'interrupted=1; touch "$folder/over"; exec 9>&-' INT TERM HUP USR1
 trap 'rm -rf "$folder"' EXIT
 
 on_host() { # HOST: runs there, again when the host was lost and the others go on
@@ -90,19 +91,22 @@ on_host() { # HOST: runs there, again when the host was lost and the others go o
         code=0
         ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3} \
             "$1" "cd $(printf %q "$PWD") && exec $words" < "$folder/hold" || code=$?
-        [ "$code" -ne 0 ] || touch "$folder/done"
+        [ "$code" -ne 0 ] || touch "$folder/over"
         # 255 is ssh's own: no connection, or a lost one.
-        if [ "$code" -ne 255 ] || [ -z "$elastic" ] || [ -e "$folder/done" ]; then
-            [ "$code" -ne 255 ] || echo "launch: error: $1 cannot be reached by ssh, or was lost" >&2
+        [ "$code" -eq 255 ] || return "$code"
+        if [ -z "$elastic" ]; then
+            echo "launch: error: $1 cannot be reached by ssh, or was lost" >&2
             return "$code"
         fi
-        echo "launch: $1 cannot be reached by ssh; trying again in 10 s" >&2
+        echo "launch: $1 cannot be reached by ssh, or was lost; trying again in 10 s" >&2
         sleep 10
+        # The others have ended the run meanwhile, or it was told to stop.
+        [ ! -e "$folder/over" ] || return 0
     done
 }
 
 elastic=''
-case "$*" in *--nnodes[=\ ]*:*) elastic=1 ;; esac
+[[ " $* " =~ " --nnodes"[=\ ][0-9]+:[0-9]+" " ]] && elastic=1
 pids=()
 for name in "${names[@]}"; do
     on_host "$name" "${options[@]}" "$@" 9>&- &
@@ -110,11 +114,11 @@ for name in "${names[@]}"; do
 done
 worst=0
 for pid in "${pids[@]}"; do
-    while :; do
+    while :; do # a wait that a signal has cut short is waited for again
+        interrupted=''
         code=0
         wait "$pid" || code=$?
-        # A wait that a signal has cut short is waited for again.
-        kill -0 "$pid" 2> /dev/null || break
+        [ -n "$interrupted" ] || break
     done
     [ "$worst" -ne 0 ] || worst=$code
 done

@@ -182,11 +182,11 @@ def _node_options(args: argparse.Namespace) -> NodeOptions | None:
         raise UserError(
             f"--join-timeout {args.join_timeout:g}", "is no time to wait", "Give seconds above 0."
         )
-    if not args.lost_after >= 12:
+    if not args.lost_after >= 10:
         raise UserError(
             f"--lost-after {args.lost_after:g}",
-            "is too short for 12 heartbeats",
-            "Give 12 or more.",
+            "is too short for two heartbeats",
+            "Give 10 or more.",
         )
     return NodeOptions(
         minimum=minimum,

@@ -62,7 +62,9 @@ from litespark.utils.network import (
 )
 
 _LAST_CALL_SECONDS = 10.0  # how long the others may take once MIN nodes are there
-_HEARTBEATS_MISSED = 12  # of a node that is given up
+# Between two heartbeats of a node.  Not less: on a busy machine one takes torch a second, and its
+# agent comes to nothing else when the next is always due (seen with 1 s, at a load of 60).
+_HEARTBEAT_SECONDS = 5
 _NAME_SECONDS = 20.0  # until a pod's name is in Kubernetes' DNS
 
 
@@ -81,8 +83,29 @@ def run_node(
         LitesparkError: the others cannot be reached, or did not come.
     """
     prepare_agent()
-    here = socket.gethostname()
+    events = run_folder / "events.jsonl"
+    while True:
+        spec, own = _place(nodes, num_processes, arguments, max_restarts)
+        try:
+            return _run_agent(NodeAgent(spec, nodes, own, events))
+        except RendezvousConnectionError:
+            here = socket.gethostname()
+            if not nodes.is_elastic or max_restarts == 0:
+                raise LitesparkError(
+                    f"{here} has lost {nodes.host}, where the nodes meet; start the run again, it "
+                    "resumes from its newest checkpoint"
+                ) from None
+        # The others go on without this node, or will: it comes back as a new one.
+        max_restarts -= 1
+        _say(f"{here}: has lost {nodes.host}, where the nodes meet; waiting for it to come back")
+
+
+def _place(
+    nodes: NodeOptions, num_processes: int, arguments: Sequence[str], max_restarts: int
+) -> tuple[WorkerSpec, Member]:
+    """What this node is to do, and as what it introduces itself; the others can be reached."""
     meeting, address, is_host = find_own_place(nodes)
+    here = socket.gethostname()
     try:
         handler = _rendezvous_handler(nodes, address, is_host=is_host)
     except RendezvousError as error:
@@ -105,7 +128,16 @@ def run_node(
         num_processes=num_processes,
         node_rank=nodes.node_rank,
     )
-    agent = NodeAgent(spec, nodes, own, run_folder / "events.jsonl")
+    return spec, own
+
+
+def _run_agent(agent: NodeAgent) -> int:
+    """The exit code of this node's ranks, when the run has ended here.
+
+    Raises:
+        RendezvousConnectionError: the place where the nodes meet is lost.
+        UserError, LitesparkError: see `run_node`.
+    """
     leaves_for_good = True
     try:
         result: Any = agent.run()
@@ -113,18 +145,17 @@ def run_node(
         leaves_for_good = False  # the others may go on without this node
         return code_after_signal(error.sigval, agent.events, agent.started)
     except RendezvousTimeoutError:
-        raise LitesparkError(_nobody_came(nodes)) from None
-    except (RendezvousClosedError, RendezvousConnectionError) as error:
-        closed = isinstance(error, RendezvousClosedError)
+        raise LitesparkError(_nobody_came(agent.nodes)) from None
+    except RendezvousConnectionError:
+        leaves_for_good = False
+        raise
+    except RendezvousClosedError:
         raise LitesparkError(
-            f"{here}: the run has been ended on another node; its last lines say why"
-            if closed
-            else f"{here} has lost {nodes.host}, where the nodes meet; start the run again, it "
-            "resumes from its newest checkpoint"
+            f"{socket.gethostname()}: the run was ended on another node; its last lines say why"
         ) from None
     finally:
         if leaves_for_good:
-            handler.shutdown()
+            agent.handler.shutdown()
     return agent.exit_code(result)
 
 
@@ -157,8 +188,8 @@ def _rendezvous_handler(nodes: NodeOptions, address: str, *, is_host: bool) -> R
             is_host=is_host,
             join_timeout=max(1, round(nodes.join_seconds)),
             last_call_timeout=round(_LAST_CALL_SECONDS),
-            keep_alive_interval=max(1, round(nodes.lost_seconds / _HEARTBEATS_MISSED)),
-            keep_alive_max_attempt=_HEARTBEATS_MISSED,
+            keep_alive_interval=_HEARTBEAT_SECONDS,
+            keep_alive_max_attempt=round(nodes.lost_seconds / _HEARTBEAT_SECONDS),
         )
     )
 
@@ -169,7 +200,7 @@ class NodeAgent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, nodes: NodeOptions, own: Member, events: Path) -> None:
         super().__init__(spec=spec, logs_specs=DefaultLogsSpecs())
         self.nodes, self.own, self.events = nodes, own, events
-        self.max_restarts = spec.max_restarts
+        self.handler, self.max_restarts = spec.rdzv_handler, spec.max_restarts
         self.started = time.time()
         self.members: list[Member] = []
         self.ranks_store: TCPStore | None = None

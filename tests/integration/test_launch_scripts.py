@@ -200,7 +200,7 @@ def start(network: hosts.Hosts, name: str, *arguments: str, **variables: str):
         "--join-timeout",
         "300",
         "--lost-after",
-        "12",
+        "30",
     ]
     return network.start(name, script, *options, *arguments, **variables)
 
@@ -227,7 +227,7 @@ def test_two_hosts_with_different_configurations(network, config):
         start(network, "node-a", *nodes, config),
         start(network, "node-b", *nodes, config, "training.steps=9"),
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=500)[0] for process in started]
     assert [process.returncode for process in started] == [2, 2], said
     assert "training.steps is 8 on node-a; 9 on node-b" in said[0]
 
@@ -235,7 +235,7 @@ def test_two_hosts_with_different_configurations(network, config):
         start(network, "node-a", "--nnodes", "1:2", config),
         start(network, "node-b", *nodes, config),
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=500)[0] for process in started]
     assert [process.returncode for process in started] == [2, 2], said
     assert all("1:2 on node-a, 2 on node-b" in words for words in said)
     for name in network.names:
@@ -255,7 +255,7 @@ def test_a_run_survives_the_loss_of_a_host(network, config, tmp_path):
     hosts.wait_until(lambda: len(losses(folder)) >= 3, 300, "step 3")
     network.power_off("node-b")
     go_on.touch()
-    said, _ = survivor.communicate(timeout=400)
+    said, _ = survivor.communicate(timeout=500)
     assert survivor.returncode == 0, said
     assert "2 nodes of 1:2, 2 ranks: node-a, node-b" in said
     assert "1 node of 1:2, 1 ranks: node-a; lost: node-b" in said

@@ -66,7 +66,8 @@ class Job:
 def undisturbed(configuration, tmp_path) -> float:
     """The last loss of a single process that nothing happened to."""
     path = configuration(STEPS)
-    ended = cli.run("train", str(path), f"run.output_dir={tmp_path}/alone", OMP_NUM_THREADS="1")
+    folder = f"run.output_dir={tmp_path}/alone"
+    ended = cli.run("train", str(path), folder, timeout_seconds=SECONDS, OMP_NUM_THREADS="1")
     assert ended.returncode == 0, ended.stderr
     return losses(tmp_path / "alone")[STEPS]
 

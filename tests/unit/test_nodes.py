@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from litespark.errors import LitesparkError, UserError
 from litespark.parallel.nodes import (
     Member,
+    NodeOptions,
     check_members,
     parse_endpoint,
     parse_node_range,
@@ -260,7 +262,6 @@ def test_mistakes_in_the_options(arguments, words, tmp_path, capsys):
 
 def test_more_nodes_than_the_batch_divides_by(tmp_path, caplog):
     from litespark.cli.launching import LaunchOptions, check_restarts
-    from litespark.parallel.nodes import NodeOptions
 
     def options(maximum, restarts=0):
         return LaunchOptions(False, 1, 1, restarts, NodeOptions(1, maximum, "a", 1))
@@ -281,3 +282,92 @@ def test_under_torchrun_the_nodes_are_torchruns(tmp_path):
     ended = cli.run(*arguments, **variables)
     assert ended.returncode == 2
     assert "Leave out --nnodes under torchrun" in ended.stderr
+
+
+# ------------------------------------------------------------------------------ the agent
+
+
+def test_torchs_agent_is_what_ours_was_written_for():
+    """`NodeAgent` replaces two of its methods, and uses these names, which torch may change."""
+    import inspect
+
+    from torch.distributed.elastic.agent.server import api
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    run = inspect.getsource(api.SimpleElasticAgent._invoke_run)
+    for name in ("self._monitor_workers(", "self._remaining_restarts", "num_nodes_waiting"):
+        assert name in run
+    meet = inspect.getsource(api.SimpleElasticAgent._rendezvous)
+    for name in (
+        "next_rendezvous()",
+        "self._store = store",
+        "self._assign_worker_ranks(",
+        *(
+            f"worker_group.{name} ="
+            for name in (
+                *("workers", "store", "group_rank", "group_world_size"),
+                *("master_addr", "master_port"),
+            )
+        ),
+    ):
+        assert name in meet, name
+    assert "self._rendezvous(" in inspect.getsource(api.SimpleElasticAgent._initialize_workers)
+    assert "_monitor_workers" in vars(LocalElasticAgent)
+
+
+@pytest.mark.parametrize(
+    ("code", "elastic", "event", "expected"),
+    [
+        (1, False, "", True),  # a fault
+        (-9, False, "", True),
+        (-9, True, "", True),
+        (2, True, "", False),  # a mistake is not started again
+        (4, True, "", False),  # nor what a guard has ended
+        (4, False, "hang", True),  # but for a hang
+        (3, False, "", False),  # told to stop
+        (3, True, "", True),  # another node was, and leaves
+    ],
+)
+def test_what_is_started_again(code, elastic, event, expected):
+    from litespark.training.agent import NodeAgent
+
+    agent = NodeAgent.__new__(NodeAgent)
+    agent.nodes = NodeOptions(1, 2 if elastic else 1, "a", 1)
+    agent._hangs = lambda: event == "hang"
+    assert agent._is_worth_a_restart(code) is expected
+
+
+def test_who_came_and_who_is_missing(capsys):
+    from litespark.training.agent import NodeAgent
+
+    agent = NodeAgent.__new__(NodeAgent)
+    agent.nodes = NodeOptions(1, 2, "a", 1)
+    agent.members = []
+    for names, words in (
+        (["a", "b"], "2 nodes of 1:2, 16 ranks: a, b\n"),
+        (["a"], "1 node of 1:2, 8 ranks: a; lost: b\n"),
+        (["a", "c"], "2 nodes of 1:2, 16 ranks: a, c; new: c\n"),
+    ):
+        members = [member(name) for name in names]
+        agent._tell_members(members)
+        assert capsys.readouterr().err == f"litespark: {words}"
+        agent.members = members
+
+
+def test_gloo_listens_where_the_others_are(monkeypatch):
+    """Where the first rank's own name is a loopback address to itself, on its way out."""
+    from litespark.parallel import groups
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    groups.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(groups, "outward_address", lambda: "10.0.0.7")
+    monkeypatch.setattr(groups, "interface_of", {"10.0.0.7": "eth7", "10.0.0.8": "eth8"}.get)
+    groups.choose_interface()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth7"
+    monkeypatch.setattr(groups, "address_towards", lambda address: "10.0.0.8")
+    groups.choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth8"
