@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from litespark.config.blends import expand_blend
+from litespark.config.post_training import DpoConfig, Task
 from litespark.config.precision import PrecisionConfig
 from litespark.config.presets import PRESETS
 from litespark.config.resilience import ResilienceConfig
@@ -319,7 +320,11 @@ class RunSection(Section):
 class RunConfig(Section):
     """The whole of a run."""
 
-    task: Literal["pretrain"] = Field(default="pretrain", description="What is trained for.")
+    task: Task = Field(
+        default="pretrain",
+        description="pretrain: next tokens of plain text; sft: the answers of conversations; dpo: "
+        "preferences between answers.  The last two read shards of preprocess --task.",
+    )
     seed: int = Field(
         default=1234, ge=0, lt=2**32, description="Seed of the weights and of the sample order."
     )
@@ -330,11 +335,22 @@ class RunConfig(Section):
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mask_documents_of_chats(cls, values: Any) -> Any:
+        """Conversations packed into a sample never see each other: that is no choice."""
+        if isinstance(values, dict) and values.get("task") in ("sft", "dpo"):
+            data = values.get("data")
+            if isinstance(data, dict):
+                values = {**values, "data": {"document_mask": True, **data}}
+        return values
 
     @property
     def tokens_per_step(self) -> int:

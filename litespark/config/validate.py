@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from litespark.config.schema import PrecisionConfig, RunConfig
+from litespark.config.validate_post_training import check_post_training
 from litespark.errors import UserError, raise_user_errors
 
 
@@ -31,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_documents(config),
         *_check_training(config),
         *_check_resilience(config),
+        *check_post_training(config),
     ]
 
 

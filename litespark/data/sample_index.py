@@ -85,10 +85,10 @@ class OrderRequest:
 
     def build(self) -> EpochOrder:
         """Compute the order in memory: some 40 bytes a document at its peak."""
-        documents = _random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
+        documents = random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
         ends_tokens = self.span.lengths_tokens()[documents]
         np.cumsum(ends_tokens, out=ends_tokens)
-        samples = _random_order(self.seed, self.epoch, _SAMPLES, self.samples)
+        samples = random_order(self.seed, self.epoch, _SAMPLES, self.samples)
         return EpochOrder(documents, ends_tokens, samples)
 
     def key(self) -> bytes:
@@ -293,7 +293,10 @@ def _as_stored(table: IntArray) -> IntArray:
     return np.ascontiguousarray(table, dtype="<i8")
 
 
-def _random_order(seed: int, epoch: int, purpose: int, count: int) -> IntArray:
-    """Return a permutation of range(count), int64, that depends on the arguments alone."""
+def random_order(seed: int, epoch: int, purpose: int, count: int) -> IntArray:
+    """Return a permutation of range(count), int64, that depends on the arguments alone.
+
+    `purpose` tells apart the orders of one epoch.
+    """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

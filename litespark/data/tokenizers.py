@@ -140,7 +140,10 @@ def _read_companion(file: Path, name: str) -> dict[str, Any]:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`; see `Tokenizer`."""
+    """A `tokenizer.json`; see `Tokenizer`.
+
+    `control_tokens` are the texts of its special tokens.
+    """
 
     def __init__(self, file: Path, content: bytes) -> None:
         import tokenizers
@@ -167,6 +170,16 @@ class JsonTokenizer:
         self.files = _files_to_ship(file)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.added_tokens = tuple(str(token.content) for token in added)
+        self.control_tokens = tuple(str(token.content) for token in added if token.special)
+
+    def with_control_tokens(self) -> Any:
+        """A `tokenizers.Tokenizer` of the same file that reads control tokens in a text as such."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _control_id(self, file: Path, field: str, usual_names: Sequence[str]) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):

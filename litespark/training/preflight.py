@@ -17,6 +17,7 @@ from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
+from litespark.data.chat_samples import open_chats
 from litespark.data.sample_index import IndexCache
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import MissingExtraError, UserError
@@ -100,7 +101,12 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     check_tokenizer(entries, config.model.vocab_size, identity, path)
     evaluates = config.training.eval_every is not None
     parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
-    train, *rest = open_blends(entries, data.split, parts, data.sequence_length, config.seed, cache)
+    length, seed = data.sequence_length, config.seed
+    train, *rest = (
+        open_blends(entries, data.split, parts, length, seed, cache)
+        if config.task == "pretrain"
+        else open_chats(entries, data.split, parts, length, seed, config.task)
+    )
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return train, rest[0] if evaluates else None

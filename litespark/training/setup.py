@@ -34,7 +34,7 @@ from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
-from litespark.objectives.language_modelling import language_modelling_step
+from litespark.objectives.objective import objective_for
 from litespark.parallel.groups import (
     Process,
     gather_objects,
@@ -46,6 +46,7 @@ from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight
+from litespark.training.reference import prepare_reference
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
@@ -65,6 +66,7 @@ def set_up(config: RunConfig) -> TrainingRun:
     run = build_run(config, process)
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
+    prepare_reference(run, checked.train, checked.validation)
     _resume(run, checked)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
@@ -106,7 +108,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         core_config=core_config,
         chunks=chunks,
         optimizer=optimizer,
-        forward_step=language_modelling_step(process.device.device),
+        objective=objective_for(config, process.device.device),
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),
