@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.support.data import PARAGRAPHS
 
 CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "</s>"]
@@ -150,3 +152,46 @@ def chat_config(folder: Path, task: str, shard: str) -> dict[str, Any]:
         "training": {"steps": 4},
         "logging": {"tensorboard": False},
     }
+
+
+class TokenShard:
+    """Documents given as tokens, in place of a `ChatShard`: (prompt tokens, answer tokens) each."""
+
+    prefix = "tokens"
+
+    def __init__(self, documents: list[tuple[list[int], list[int]]], task: Any) -> None:
+        self.task = task
+        self.documents_per_unit = 2 if task == "dpo" else 1
+        self.units = len(documents) // self.documents_per_unit
+        self.tokens = self
+        self._documents = [np.array([*prompt, *answer]) for prompt, answer in documents]
+        self._answers = [
+            np.array([[len(prompt), len(prompt) + len(answer)]]) for prompt, answer in documents
+        ]
+        self.lengths_tokens = np.array([len(document) for document in self._documents])
+
+    def unit_lengths_tokens(self) -> np.ndarray:
+        """Tokens of each unit."""
+        return self.lengths_tokens.reshape(self.units, -1).sum(axis=1)
+
+    def read(self, document: int) -> np.ndarray:
+        """A document's tokens."""
+        return self._documents[document]
+
+    def answers_of(self, document: int) -> np.ndarray:
+        """Where its answer stands."""
+        return self._answers[document]
+
+
+def token_pairs(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Pairs as `TokenShard` takes them: every two documents have one prompt."""
+    generator = random.Random(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [generator.randrange(vocab_size) for _ in range(generator.randint(least, most))]
+
+    documents = []
+    for _ in range(count):
+        prompt = tokens(1, 12)
+        documents += [(prompt, tokens(1, 15)), (prompt, tokens(1, 15))]
+    return documents
