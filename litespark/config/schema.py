@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from litespark.config.blends import expand_blend
-from litespark.config.post_training import DpoConfig, Task
+from litespark.config.post_training import DpoConfig, LoraConfig, Task
 from litespark.config.precision import PrecisionConfig
 from litespark.config.presets import PRESETS
 from litespark.config.resilience import ResilienceConfig
@@ -336,6 +336,7 @@ class RunConfig(Section):
     batch: BatchConfig
     optimizer: OptimizerConfig
     dpo: DpoConfig = Field(default_factory=DpoConfig)
+    lora: LoraConfig | None = None
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

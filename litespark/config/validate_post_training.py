@@ -11,6 +11,7 @@ from litespark.errors import UserError
 
 def check_post_training(config: RunConfig) -> Iterator[UserError]:
     """Yield what is wrong with a run's post-training."""
+    yield from _check_lora(config)
     if config.task == "pretrain":
         yield from _check_no_options(config)
         return
@@ -33,6 +34,23 @@ def check_post_training(config: RunConfig) -> Iterator[UserError]:
             f"dpo.label_smoothing = {config.dpo.label_smoothing:g}",
             f"has no effect with dpo.loss = {config.dpo.loss}",
             "Leave it out, or set dpo.loss=sigmoid.",
+        )
+
+
+def _check_lora(config: RunConfig) -> Iterator[UserError]:
+    if config.lora is None:
+        return
+    if config.model.backend == "te":
+        yield UserError(
+            "lora with model.backend = te",
+            "is not supported: adapters are computed by the backends triton and reference",
+            "Set model.backend=auto, or leave out lora.",
+        )
+    if config.model.tie_embeddings and config.parallel.pipeline > 1:
+        yield UserError(
+            "lora with model.tie_embeddings and parallel.pipeline above 1",
+            "is not supported: megatron-core sums the tied embedding's gradient, which is frozen",
+            "Set parallel.pipeline=1, or leave out lora.",
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from litespark.data.chat_template import ChatTemplate, Span, Turns
+from litespark.data.chat_template import ChatTemplate, Span, Turns, load_chat_template
 from litespark.data.conversations import BadRow, Conversation, Message, Preference
 from litespark.data.tokenizers import JsonTokenizer, Tokenizer
 from litespark.errors import UserError
@@ -63,7 +63,7 @@ class ChatEncoder:
             )
         self._tokenizer = tokenizer.with_control_tokens()
         self._control_tokens = tokenizer.control_tokens
-        self._template = template
+        self.template = template
         self._turns: Turns = turns
 
     def encode_conversation(self, conversation: Conversation) -> EncodedChat:
@@ -73,7 +73,7 @@ class ChatEncoder:
             BadRow: it holds a control token, or the template refuses it.
         """
         self._refuse_control_tokens(conversation.messages)
-        text, spans = self._template.render_with_answers(
+        text, spans = self.template.render_with_answers(
             conversation.messages, conversation.tools, self._turns
         )
         return self._encoded(text, spans)
@@ -87,9 +87,19 @@ class ChatEncoder:
         halves = []
         for answer in (preference.chosen, preference.rejected):
             self._refuse_control_tokens([*preference.prompt, *answer])
-            text, span = self._template.answer_span(preference.prompt, answer, preference.tools)
+            text, span = self.template.answer_span(preference.prompt, answer, preference.tools)
             halves.append(self._encoded(text, [span]))
         return halves[0], halves[1]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """What a model is given to answer: the messages and the generation prompt.
+
+        Raises:
+            BadRow: a message holds a control token, or the template refuses them.
+        """
+        self._refuse_control_tokens(messages)
+        text = self.template.render(messages, add_generation_prompt=True)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _encoded(self, text: str, spans: Sequence[Span]) -> EncodedChat:
         found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -114,6 +124,19 @@ class ChatEncoder:
                             f"a message of the role {message['role']} holds the control token "
                             f"{token!r}",
                         )
+
+
+def open_encoder(
+    tokenizer: Tokenizer, template_path: str | None = None, turns: Turns = "all"
+) -> ChatEncoder:
+    """The encoder of a tokenizer with its own chat template, or with the one that is named.
+
+    Raises:
+        UserError: there is no template, or the tokenizer has no control tokens.
+    """
+    control_tokens = tokenizer.control_tokens if isinstance(tokenizer, JsonTokenizer) else ()
+    template = load_chat_template(tokenizer.path, control_tokens, template_path)
+    return ChatEncoder(tokenizer, template, turns)
 
 
 def _texts(value: Any) -> Iterator[str]:

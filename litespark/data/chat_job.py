@@ -130,7 +130,7 @@ def preprocess_chats(
         options.max_tokens,
         options.over_long,
     )
-    template = chat_workers.load(settings).template  # a mistake in either is told here
+    template = chat_workers.load(settings).template  # a mistake in it is told before any work
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.inputs)
     check_output_name(options.output_prefix)

@@ -10,12 +10,12 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from litespark.data.chat_encoding import ChatEncoder, EncodedChat
-from litespark.data.chat_template import ChatTemplate, Turns, load_chat_template
+from litespark.data.chat_encoding import ChatEncoder, EncodedChat, open_encoder
+from litespark.data.chat_template import Turns
 from litespark.data.conversations import BadRow, Reason, conversation_of, preference_of
 from litespark.data.documents import numbered_lines
 from litespark.data.readers import LineBlock
-from litespark.data.tokenizers import JsonTokenizer, load_tokenizer
+from litespark.data.tokenizers import load_tokenizer
 from litespark.utils.processes import end_with_parent
 
 
@@ -50,34 +50,23 @@ class LeftOut:
 Outcome = EncodedRow | LeftOut
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The template and the encoder of a job."""
-
-    template: ChatTemplate
-    encoder: ChatEncoder
-
-
 _settings: Settings
 _encoder: ChatEncoder
 
 
-def load(settings: Settings) -> Loaded:
+def load(settings: Settings) -> ChatEncoder:
     """The tokenizer's template and encoder.
 
     Raises:
         UserError: either cannot be read.
     """
-    tokenizer = load_tokenizer(settings.tokenizer)
-    control_tokens = tokenizer.control_tokens if isinstance(tokenizer, JsonTokenizer) else ()
-    template = load_chat_template(tokenizer.path, control_tokens, settings.chat_template)
-    return Loaded(template, ChatEncoder(tokenizer, template, settings.turns))
+    return open_encoder(load_tokenizer(settings.tokenizer), settings.chat_template, settings.turns)
 
 
 def initialize(settings: Settings) -> None:
     """Load what `encode_block` works with."""
     global _settings, _encoder
-    _settings, _encoder = settings, load(settings).encoder
+    _settings, _encoder = settings, load(settings)
 
 
 def initialize_process(settings: Settings) -> None:

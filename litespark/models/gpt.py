@@ -78,7 +78,7 @@ class GPT(GPTModel):
         position_ids [1, t], those of this context-parallel rank's tokens.
         """
         if kwargs.get("packed_seq_params") is None:
-            return super()._preprocess(*args, **kwargs)
+            return _differentiable(super()._preprocess(*args, **kwargs))
         positions_t = kwargs["position_ids"][0]
         # The table is whole on every rank and has the same length for every batch: megatron-core
         # makes that one for a packing whose longest document has that length.
@@ -86,7 +86,7 @@ class GPT(GPTModel):
         kwargs["packed_seq_params"] = PackedSeqParams(
             qkv_format="thd", max_seqlen_q=length, max_seqlen_kv=length
         )
-        parts: Any = super()._preprocess(*args, **kwargs)
+        parts = _differentiable(super()._preprocess(*args, **kwargs))
         hidden, rotary_s11d, *others = parts
         return hidden, rotary_s11d[positions_t], *others
 
@@ -153,6 +153,14 @@ class GPT(GPTModel):
             return logits_sbv
         is_padding_v = torch.arange(local, device=logits_sbv.device) >= num_real
         return logits_sbv.masked_fill(is_padding_v, float("-inf"))
+
+
+def _differentiable(parts: Any) -> Any:
+    """Let a frozen embedding's output have a gradient: recomputed layers have none without it."""
+    hidden: Tensor | None = parts[0]
+    if hidden is not None and torch.is_grad_enabled() and hidden.is_leaf:
+        hidden.requires_grad_()
+    return parts
 
 
 def scale_rope_frequencies(inv_freq: Tensor, scaling: RopeScalingConfig) -> Tensor:

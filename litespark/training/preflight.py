@@ -50,6 +50,12 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     checkpoint = first_intact(candidates)
     if checkpoint is not None:
         check_same_model(RunState.read(checkpoint), checkpoint, config.model)
+        if config.task == "dpo" and not _is_own(checkpoint, config):
+            raise UserError(
+                f"run.resume = {config.run.resume}",
+                "goes on with another run's state, and says not what the reference is",
+                "Set run.resume=auto.",
+            )
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint, candidates)
 
@@ -75,9 +81,13 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
             )
         return []
     wanted = find_checkpoint(config.run.resume)
-    is_own = wanted.resolve().parent == checkpoints.resolve()
     # Another run's checkpoint is where this run starts; restarted, it goes on from its own.
-    return [wanted] if is_own or not own else own
+    return [wanted] if _is_own(wanted, config) or not own else own
+
+
+def _is_own(checkpoint: Path, config: RunConfig) -> bool:
+    checkpoints = Path(config.run.output_dir) / "checkpoints"
+    return checkpoint.resolve().parent == checkpoints.resolve()
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:

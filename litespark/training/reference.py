@@ -39,6 +39,7 @@ from litespark.data.chat_shards import ChatShard
 from litespark.data.loader import Batch, BatchLoader
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
+from litespark.modules.low_rank import enable_adapters
 from litespark.objectives.dpo import answers_step
 from litespark.parallel.groups import gather_objects
 from litespark.training.state import TrainingRun
@@ -60,7 +61,9 @@ def prepare_reference(run: TrainingRun, train: Blend[Any], validation: Blend[Any
     if run.config.task != "dpo":
         return
     if run.config.dpo.reference == "frozen":
-        run.attach_reference = FrozenReference(run).attach
+        has_adapters = run.config.lora is not None
+        reference = WithoutAdapters(run) if has_adapters else FrozenReference(run)
+        run.attach_reference = reference.attach
         return
     corpora: list[ChatCorpus] = [
         corpus for blend in (train, validation) if blend is not None for corpus in blend.corpora
@@ -212,6 +215,7 @@ class FrozenReference:
     """A second model with the run's initial weights, asked in each step."""
 
     def __init__(self, run: TrainingRun) -> None:
+        """Copy the run's model, which still has its initial weights."""
         self.run = run
         # A configuration of its own: the run's has the hooks of the training model's gradients.
         core_config = transformer_config(run.config)
@@ -225,10 +229,36 @@ class FrozenReference:
     @torch.no_grad()
     def attach(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The batches with their answers' log-probabilities."""
-        logps = answer_logps(self.run, self.chunks, batches)
-        if not logps:
-            return batches
-        return [
-            replace(batch, reference_logps=values)
-            for batch, values in zip(batches, logps, strict=True)
-        ]
+        return _with_logps(batches, answer_logps(self.run, self.chunks, batches))
+
+
+class WithoutAdapters:
+    """The run's own model without its adapters, which is what it was, and needs no memory."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    @torch.no_grad()
+    def attach(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches with their answers' log-probabilities."""
+        run = self.run
+        self._enable(False)
+        try:
+            with parameters_synchronised(run.chunks), run.policy.unrecorded():
+                return _with_logps(batches, answer_logps(run, run.chunks, batches))
+        finally:
+            self._enable(True)
+
+    def _enable(self, is_enabled: bool) -> None:
+        for chunk in self.run.chunks:
+            enable_adapters(chunk, is_enabled)
+        self.run.policy.weights_changed()
+
+
+def _with_logps(batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> Sequence[Batch]:
+    """The batches with what the last stage has found; elsewhere as they are."""
+    if not logps:
+        return batches
+    return [
+        replace(batch, reference_logps=values) for batch, values in zip(batches, logps, strict=True)
+    ]

@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from litespark.checkpoint.hf.llama import hf_config
 from litespark.config.post_training import DpoConfig
 from litespark.config.schema import RunConfig
 from litespark.data.chat_samples import ChatCorpus
@@ -57,7 +56,7 @@ def hf_twins():
             (model,) = build(config)
             words = in_hf_words(config.model, stored_parameters(model))
         weights = {name: value.detach().clone() for name, value in words.items()}
-        twins.append(llama(hf_config(config.model, "float32", None, None), weights))
+        twins.append(llama(config.model, weights))
     return twins
 
 

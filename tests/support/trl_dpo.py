@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from litespark.config.schema import ModelConfig
 from tests.support.chats import token_pairs, train_chat_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trl_dpo.json"
@@ -32,9 +33,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def llama(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """transformers' model with these weights."""
-    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+def llama(shape: ModelConfig, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    """transformers' model of a shape, with these weights."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        rms_norm_eps=shape.norm_epsilon,
+        tie_word_embeddings=shape.tie_embeddings,
+    )
+    model = LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=True)
     return model
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from litespark.data.chat_encoding import ChatEncoder
+from litespark.data.chat_encoding import open_encoder
 from litespark.data.chat_job import ChatOptions, preprocess_chats
 from litespark.data.chat_samples import ChatCorpus
 from litespark.data.chat_shards import ChatShard, answers_prefix
@@ -32,10 +32,8 @@ from tests.support.chats import (
 )
 
 
-def encoder(folder, template=CHATML, turns="all"):
-    tokenizer = load_tokenizer(train_chat_tokenizer(folder, template))
-    found = load_chat_template(tokenizer.path, tokenizer.control_tokens)
-    return ChatEncoder(tokenizer, found, turns)
+def encoder(folder, template=CHATML):
+    return from_folder(train_chat_tokenizer(folder, template))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +46,7 @@ def folders(tmp_path_factory):
 
 
 def from_folder(folder, turns="all"):
-    tokenizer = load_tokenizer(folder)
-    template = load_chat_template(tokenizer.path, tokenizer.control_tokens)
-    return ChatEncoder(tokenizer, template, turns)
+    return open_encoder(load_tokenizer(folder), turns=turns)
 
 
 def mask_of(chat):
@@ -104,6 +100,14 @@ def test_a_template_that_rewrites_earlier_turns(folders):
     (span,) = found.answers
     text = load_tokenizer(folders["forgetful"]).decode(found.ids[slice(*span)])
     assert text == thinking
+
+
+def test_a_prompt_is_that_of_transformers(folders):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folders["chatml"])
+    found = from_folder(folders["chatml"]).encode_prompt(UNICODE[:1])
+    assert found == theirs.apply_chat_template(UNICODE[:1], add_generation_prompt=True)["input_ids"]
 
 
 def test_pairs_share_their_prompt_and_differ_in_their_answers(folders):

@@ -189,6 +189,8 @@ def command_for(name: str, args: argparse.Namespace, shards: Record, folder: Pat
     words += ["--precision", args.precision, "--json", str(folder / f"{name}.json")]
     for option in ("seq_length", "micro_batch", "accumulate", "warmup", "steps"):
         words += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    if args.precision == "fp8":  # with delayed scales a reference cannot be asked first
+        words += ["--recipe", "tensorwise"]
     if name != "pretrain":
         words += ["--data", shards[name]["prefix"], f"task={name}"]
     return words
@@ -287,12 +289,18 @@ def trl_trainer(args: argparse.Namespace, dataset: Any, total_steps: int) -> Any
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import dpo_trainer
 
-    from litespark.checkpoint.hf.llama import hf_config
     from litespark.config.schema import ModelConfig
 
     shape = ModelConfig.model_validate({"preset": args.model})
-    config = LlamaConfig.from_dict(
-        {**hf_config(shape, "float32", None, None), "max_position_embeddings": args.seq_length}
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        max_position_embeddings=args.seq_length,
+        tie_word_embeddings=shape.tie_embeddings,
     )
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
