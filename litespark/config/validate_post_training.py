@@ -12,6 +12,7 @@ from litespark.errors import UserError
 def check_post_training(config: RunConfig) -> Iterator[UserError]:
     """Yield what is wrong with a run's post-training."""
     yield from _check_lora(config)
+    yield from _check_adapters_off(config)
     if config.task == "pretrain":
         yield from _check_no_options(config)
         return
@@ -51,6 +52,18 @@ def _check_lora(config: RunConfig) -> Iterator[UserError]:
             "lora with model.tie_embeddings and parallel.pipeline above 1",
             "is not supported: megatron-core sums the tied embedding's gradient, which is frozen",
             "Set parallel.pipeline=1, or leave out lora.",
+        )
+
+
+def _check_adapters_off(config: RunConfig) -> Iterator[UserError]:
+    """The frozen reference of adapters is the model that trains, between two of its steps."""
+    if config.lora is None or config.dpo.reference != "frozen":
+        return
+    if config.parallel.overlap_param_gather:
+        yield UserError(
+            "dpo.reference = frozen with lora and parallel.overlap_param_gather",
+            "would gather the weights of the next step for the reference",
+            "Set parallel.overlap_param_gather=false, or dpo.reference=precomputed.",
         )
 
 

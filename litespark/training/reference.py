@@ -37,6 +37,7 @@ from litespark.data.blend import Blend
 from litespark.data.chat_samples import ChatCorpus, ChatSample
 from litespark.data.chat_shards import ChatShard
 from litespark.data.loader import Batch, BatchLoader
+from litespark.errors import LitesparkError
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
 from litespark.modules.low_rank import enable_adapters
@@ -187,6 +188,12 @@ def _compute(run: TrainingRun, shard: ChatShard) -> Logps:
     for parts in gather_objects(mine if _speaks() else []):
         for documents, values in parts:
             logps[documents] = values
+    unknown = int(np.isnan(logps).sum())
+    if unknown:
+        raise LitesparkError(
+            f"{shard.prefix}: the reference gives no log-probability (NaN) to {unknown} of "
+            f"{len(logps)} answers"
+        )
     if run.process.is_first:
         seconds = time.perf_counter() - started
         tokens = steps * config.tokens_per_step

@@ -5,12 +5,16 @@ Bounds as in `test_layouts.py`: only the order of fp32 sums may differ.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 import yaml
 
 from tests.distributed.test_layouts import LAYOUTS, assert_same
 from tests.support.chats import chat_config, conversations, pairs, write_chat_shard
-from tests.support.runs import train_rank
+from tests.support.runs import train_and_save_rank, train_rank
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -50,3 +54,19 @@ def test_every_layout_equals_the_single_process(task, name, configs, single):
 def test_a_frozen_reference_gives_the_same_run(configs, single):
     options = ["dpo.reference=frozen", "parallel.pipeline=2"]
     assert_same(run_distributed(train_rank, 2, configs["dpo"], options)[0], single["dpo"])
+
+
+def test_a_resumed_run_finds_its_reference_again(configs, single, tmp_path):
+    """The file is kept and read; where it is gone, it is made from the initial weights anew."""
+    reference = next(Path(configs["dpo"]).parent.glob("*_reference"))
+    (kept,) = reference.glob("*.npy")
+    before = kept.stat()
+    options = [f"run.output_dir={tmp_path / 'run'}"]
+    run_distributed(train_and_save_rank, 1, configs["dpo"], options, 2)
+    assert kept.stat().st_mtime_ns == before.st_mtime_ns, "computed again"
+    values = np.load(kept)
+    shutil.rmtree(reference)
+    found = run_distributed(train_rank, 2, configs["dpo"], [*options, "parallel.pipeline=2"])[0]
+    assert len(found) == 2
+    assert_same(found, single["dpo"][2:])
+    np.testing.assert_allclose(np.load(kept), values, rtol=1e-5)
