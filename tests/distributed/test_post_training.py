@@ -19,7 +19,9 @@ from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
 
-NAMES = ["TP2+SP", "PP2", "TP2xPP2+SP", "CP2", "DP2"]
+# What is new here is the sum over an answer: on the last stage, over shards of the vocabulary, and
+# over parts of the sequence.  TP2, PP2 and DP2 alone agree as well.
+NAMES = ["TP2xPP2+SP", "CP2"]
 
 
 @pytest.fixture(scope="module")
