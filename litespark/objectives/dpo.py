@@ -116,9 +116,8 @@ def _loss(
     # Context-parallel ranks compute the same loss, each with the gradient of its own tokens; the
     # pairs are counted by the first of them.
     is_counted = parallel_state.get_context_parallel_rank() == 0
-    num_pairs = torch.tensor(
-        num_answers // 2 if is_counted else 0, dtype=torch.int, device=loss.device
-    )
+    counted = num_answers // 2 if is_counted else 0
+    num_pairs = torch.full((), counted, dtype=torch.int, device=loss.device)  # waits for nothing
     report = torch.cat(
         [
             torch.stack([loss.detach().double(), num_pairs.double()]),
