@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from litespark.checkpoint.integrity import MARKER
@@ -32,6 +33,12 @@ def random_states_file(rank: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def parse_step(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder, None of any other name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -115,10 +122,26 @@ def set_aside_later(checkpoints: Path, step: int) -> list[Path]:
     return moved
 
 
-def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints and each `keep_every`th step's."""
-    for path in complete_checkpoints(checkpoints)[:-keep_last]:
-        if keep_every is not None and step_of(path) % keep_every == 0:
+def prune_steps(steps: Iterable[int], keep_last: int, keep_every: int | None) -> set[int]:
+    """Steps whose checkpoints go: neither of the newest nor multiples of `keep_every`."""
+    older = sorted(steps)[:-keep_last]
+    return {step for step in older if keep_every is None or step % keep_every}
+
+
+def prune_checkpoints(
+    checkpoints: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    spared: Container[str] = (),
+) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and each `keep_every`th step's.
+
+    `spared` are names of further ones that stay this time.
+    """
+    found = complete_checkpoints(checkpoints)
+    doomed_steps = prune_steps(map(step_of, found), keep_last, keep_every)
+    for path in found:
+        if step_of(path) not in doomed_steps or path.name in spared:
             continue
         # The name goes first: a deletion that is cut short must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.deleting")

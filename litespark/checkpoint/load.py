@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from litespark.checkpoint.folder import STATE, random_states_file
-from litespark.checkpoint.optimizer_state import MASTER, optimizer_key, set_optimizer_step
+from litespark.checkpoint.optimizer_state import MASTER, is_own, optimizer_key, set_optimizer_step
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.sharded import (
     bare_model,
@@ -46,7 +46,13 @@ def load_checkpoint(
     stored = stored_keys(checkpoint / STATE)
     wanted = run_tensors(chunks, optimizer, stored)
     _refuse_leftovers(checkpoint, wanted, stored)
+    # Masters that come from fp32 weights ask for tensors that the model asks for too, in other
+    # pieces, which one reading does not allow.
+    masters = {n: shard for n, shard in wanted["optimizer"].items() if not is_own(shard.key)}
+    wanted["optimizer"] = {n: s for n, s in wanted["optimizer"].items() if n not in masters}
     loaded = load_sharded(wanted, checkpoint / STATE)
+    if any(gather_objects(bool(masters))):
+        load_sharded({"masters": masters}, checkpoint / STATE)
     _load_chunks(chunks, loaded)
     set_optimizer_step(optimizer, state.optimizer_step)
     return state

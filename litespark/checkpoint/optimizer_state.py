@@ -31,6 +31,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 MASTER = "fp32_param"
+_PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,7 +51,12 @@ class _Owned:
 
 def optimizer_key(state: str, key: str) -> str:
     """Key of a parameter's state in the checkpoint."""
-    return f"optimizer.{state}.{key}"
+    return f"{_PREFIX}{state}.{key}"
+
+
+def is_own(key: str) -> bool:
+    """Whether a tensor of a checkpoint is the optimizer's, and no weight."""
+    return key.startswith(_PREFIX)
 
 
 def optimizer_tensors(

@@ -17,7 +17,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,7 +57,7 @@ from litespark.utils.files import fsync_path
 
 logger = logging.getLogger("litespark.checkpoint")
 # A disk may take as long as it takes; that a rank has died shows at once, by its connection.
-_GROUP_TIMEOUT = timedelta(days=7)
+NO_LIMIT = timedelta(days=7)
 _SECONDS_BETWEEN_MESSAGES = 60.0
 
 
@@ -96,6 +96,7 @@ class CheckpointSaver:
         checkpoints: the run's folder of checkpoints.
         options: `checkpoint` of the configuration: asynchronous, and what to keep.
         while_waiting: entered while the caller waits for the disk, and left afterwards.
+        needed: names of older checkpoints that must not be pruned now.
     """
 
     def __init__(
@@ -103,12 +104,14 @@ class CheckpointSaver:
         checkpoints: Path,
         options: CheckpointConfig,
         while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        needed: Callable[[], Container[str]] = tuple,
     ) -> None:
         self.checkpoints = checkpoints
         self.options = options
         self._while_waiting = while_waiting
+        self._needed = needed
         # Its own group: collectives of the background must not mix with those of training.
-        self._group: Any = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        self._group: Any = dist.new_group(backend="gloo", timeout=NO_LIMIT)
         self._buffers = HostBuffers()
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
@@ -142,6 +145,11 @@ class CheckpointSaver:
         self._thread.start()
         if not self.options.asynchronous:
             self.wait()
+
+    def from_first_rank(self, value: Any) -> Any:
+        """What the first rank gives, however long that takes; all ranks call it together."""
+        with self._while_waiting():
+            return gather_objects(value, self._group)[0]
 
     def wait(self, timeout_seconds: float | None = None) -> SaveOutcome | None:
         """Wait for the save in flight; how the last one ended, None without any or in time.
@@ -238,7 +246,8 @@ class CheckpointSaver:
         write_marker(temporary, job.state.step, files)
         publish_checkpoint(temporary, self.checkpoints, job.state.step)
         if self.options.keep_last is not None:
-            prune_checkpoints(self.checkpoints, self.options.keep_last, self.options.keep_every)
+            keep = self.options.keep_last, self.options.keep_every
+            prune_checkpoints(self.checkpoints, *keep, self._needed())
 
 
 def save_checkpoint(

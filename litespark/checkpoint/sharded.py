@@ -119,7 +119,7 @@ def check_readable(checkpoint: Path) -> None:
     for name, read in (
         ("metadata.json", lambda: json.loads((folder / "metadata.json").read_text())),
         ("common.pt", lambda: load_common_state_dict(str(folder))),
-        (".metadata", lambda: _check_places(FileSystemReader(str(folder)).read_metadata())),
+        (".metadata", lambda: check_places(FileSystemReader(str(folder)).read_metadata())),
     ):
         try:
             read()
@@ -133,7 +133,12 @@ def check_readable(checkpoint: Path) -> None:
             ) from error
 
 
-def _check_places(metadata: Metadata) -> None:
+def check_places(metadata: Metadata) -> None:
+    """Refuse an index that names files outside its folder.
+
+    Raises:
+        ValueError: it does.
+    """
     for index, place in (metadata.storage_data or {}).items():
         if not is_inside(place.relative_path):
             raise ValueError(f"{index.fqn} lies outside, in {place.relative_path!r}")

@@ -68,6 +68,7 @@ def run_index(args: argparse.Namespace) -> int:
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
+    from litespark.data.blend import packing_lines
     from litespark.data.sample_index import IndexCache
     from litespark.training.preflight import open_data
 
@@ -81,7 +82,10 @@ def run_index(args: argparse.Namespace) -> int:
             "packs whole conversations, in memory, and has no sample index",
             "Start the run without one.",
         )
-    requests = _requests(config, open_data(config), args.epochs)
+    blends = open_data(config)
+    for line in packing_lines(blends):
+        sys.stdout.write(f"{line}\n")
+    requests = _requests(config, blends, args.epochs)
     cache = IndexCache(config.data.index_cache)
 
     def find(request: OrderRequest) -> tuple[FoundOrder, float]:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from litespark.parallel.environment import world_size_from_environment
     from litespark.training.launch import end_at_once_until_ready, launch
-    from litespark.training.preflight import preflight
+    from litespark.training.preflight import preflight, remote_candidates
 
     end_at_once_until_ready()
     try:
@@ -101,8 +101,9 @@ def run(args: argparse.Namespace) -> int:
         # Mistakes are found here, where they cost a second and one message. The ranks of a
         # launcher check for themselves, and agree on what they found.
         checked = preflight(config, world_size)
+        remote = remote_candidates(config, checked.candidates)
         if args.dry_run:
-            return _show_plan(config, world_size, checked.checkpoint)
+            return _show_plan(config, world_size, checked.checkpoint or next(iter(remote), None))
         if world_size > 1 or args.max_restarts:
             return launch(
                 world_size,
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _show_plan(config: RunConfig, world_size: int, checkpoint: Path | None) -> int:
+def _show_plan(config: RunConfig, world_size: int, checkpoint: Path | str | None) -> int:
     """Print the resolved configuration, who does what, and where the run would start."""
     layout = RankLayout.of(config.parallel, world_size)
     print(dump_config(config))  # noqa: T201

@@ -186,6 +186,12 @@ class DataConfig(Section):
         "together, but at the ends that the shard's index knows and not at a token id. Also for "
         "validation; generating and exporting know no documents.",
     )
+    packing: Literal["stream", "whole"] = Field(
+        default="stream",
+        description="How documents become samples: `stream` joins them and cuts every "
+        "sequence_length tokens; `whole` fills samples with whole documents by best-fit "
+        "decreasing, and cuts only those longer than a sample. `whole` needs document_mask.",
+    )
     tokenizer: str | None = Field(
         default=None,
         description="Tokenizer folder or file; copied into exports, used by `generate`.",
@@ -279,6 +285,12 @@ class CheckpointConfig(Section):
         ge=1,
         description="Beside the newest, keep those whose step is a multiple of this; in steps.",
     )
+    mirror: str | None = Field(
+        default=None,
+        description="s3://bucket/name: every checkpoint is also copied there in the background, "
+        "kept by the same rules, and fetched when output_dir holds none; needs the extra "
+        "litespark[s3].",
+    )
     asynchronous: bool = Field(
         default=True,
         description="Write in the background; training waits for the copy to host memory only.",
@@ -312,8 +324,9 @@ class RunSection(Section):
         default="auto",
         min_length=1,
         description="auto: from the newest complete checkpoint in output_dir, if any; never: "
-        "output_dir must hold none; or the path of a checkpoint: of another run, to start from "
-        "while output_dir holds none; of this run, to roll back to it.",
+        "output_dir must hold none; or the path of a checkpoint: of another run (also "
+        "s3://bucket/name), to start from while output_dir holds none; of this run, to roll back "
+        "to it.",
     )
 
 

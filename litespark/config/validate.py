@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from litespark.config.schema import PrecisionConfig, RunConfig
@@ -33,7 +34,21 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_training(config),
         *_check_resilience(config),
         *check_post_training(config),
+        *_check_stores(config),
     ]
+
+
+def _check_stores(config: RunConfig) -> Iterator[UserError]:
+    mirror, resume = config.checkpoint.mirror, config.run.resume
+    for key, value in (("checkpoint.mirror", mirror), ("run.resume", resume)):
+        if value is None or (key == "run.resume" and "://" not in value):
+            continue
+        if not re.fullmatch(r"s3://[^/]+/.*[^/].*", value):
+            yield UserError(
+                f"{key} = {value}",
+                "is no place in an object store",
+                "Give s3://BUCKET/NAME; for other stores set AWS_ENDPOINT_URL.",
+            )
 
 
 def _check_degrees(config: RunConfig, world_size: int) -> Iterator[UserError]:
@@ -277,6 +292,12 @@ def _check_documents(config: RunConfig) -> Iterator[UserError]:
             "data.document_mask = true with model.backend = te",
             "is not supported: document masks are computed by the backends triton and reference",
             "Set model.backend=auto, or data.document_mask=false.",
+        )
+    if config.data.packing == "whole" and not config.data.document_mask:
+        yield UserError(
+            "data.packing = whole with data.document_mask = false",
+            "would let the documents that share a sample see each other",
+            "Set data.document_mask=true, or data.packing=stream.",
         )
 
 

@@ -17,14 +17,14 @@ corpus of 50 % and fifty of 1 %, the first 24 samples would all come from the la
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from litespark.data.corpus import Corpus
+from litespark.data.corpus import Corpus, PackedCorpus
 from litespark.data.indexed import IndexedReader, bin_path, idx_path
 from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.sample import Sample
@@ -163,9 +163,12 @@ def open_blend(
     sequence_length: int,
     seed: int,
     index_cache: IndexCache | None = None,
+    whole_documents: bool = False,
 ) -> Blend[Corpus] | None:
     """Open one part of a blend; see `open_blends`."""
-    return open_blends(entries, split, (part,), sequence_length, seed, index_cache)[0]
+    return open_blends(
+        entries, split, (part,), sequence_length, seed, index_cache, whole_documents
+    )[0]
 
 
 def open_blends(
@@ -175,6 +178,7 @@ def open_blends(
     sequence_length: int,
     seed: int,
     index_cache: IndexCache | None = None,
+    whole_documents: bool = False,
 ) -> list[Blend[Corpus] | None]:
     """Open parts of a blend, each shard once; None for a part whose share in `split` is 0.
 
@@ -187,6 +191,7 @@ def open_blends(
         sequence_length: tokens of a sample, without the extra one for the last label.
         seed: of the orders, 0 or more.
         index_cache: where the corpora keep their orders; None to build them in memory.
+        whole_documents: pack them, instead of cutting their stream.
 
     Raises:
         UserError: when a shard is missing or damaged, a share or weight is no such number, or a
@@ -199,15 +204,26 @@ def open_blends(
         raise UserError("data.blend", "names no shard", "Add an entry with a prefix and a weight.")
     weights = normalized_weights([weight for _, weight in entries])
     readers = _open_readers([prefix for prefix, _ in entries])
+    kind = PackedCorpus if whole_documents else Corpus
     blends: list[Blend[Corpus] | None] = []
     for part in parts:
         corpora = []
         for reader in readers:
             documents = part_range(reader.prefix, reader.documents, split, part)
             if documents is not None:
-                corpora.append(Corpus(reader, documents, sequence_length, seed, index_cache))
+                corpora.append(kind(reader, documents, sequence_length, seed, index_cache))
         blends.append(Blend(corpora, weights) if corpora else None)
     return blends
+
+
+def packing_lines(blends: Iterable[Blend | None]) -> list[str]:
+    """What packing makes of the corpora of blends, a line for each; none where streams are cut."""
+    corpora = [corpus for blend in blends if blend is not None for corpus in blend.corpora]
+    return [
+        "{}, documents {}..{}: {}".format(corpus.prefix, *corpus.document_range, corpus.packing)
+        for corpus in corpora
+        if isinstance(corpus, PackedCorpus)
+    ]
 
 
 def _open_readers(prefixes: Sequence[str]) -> list[IndexedReader]:

@@ -76,10 +76,10 @@ class ChatCorpus:
         lengths = shard.unit_lengths_tokens()[start:stop]
         _check_lengths(shard, lengths, sequence_length)
         order = random_order(seed, 0, _PACKING, len(lengths))
-        members, ends = pack(lengths[order], sequence_length)
-        self._units = start + order[members]
-        self._ends = ends
-        self.samples_per_epoch = len(ends)
+        sample_of = pack(lengths[order], sequence_length)
+        self._units = start + order[np.argsort(sample_of, kind="stable")]
+        self._ends = np.cumsum(np.bincount(sample_of))
+        self.samples_per_epoch = len(self._ends)
         self.tokens = int(lengths.sum())
         self._epoch, self._order = -1, np.empty(0, np.int64)
 

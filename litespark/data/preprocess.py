@@ -184,8 +184,10 @@ def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], N
             # Blocks follow at once; what became of them is dropped where the engine is not right.
             for block in islice(blocks, options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER):
                 in_flight.append((block, pool.submit(workers.tokenize_block, block)))
+            # Reading the reference takes as long as loading the engine, which goes on meanwhile.
+            expected = [tokenizer.encode(text) for text in texts]
             ids = tried.result()
-            reason = ids if isinstance(ids, str) else reason_against(tokenizer, texts, ids)
+            reason = ids if isinstance(ids, str) else reason_against(texts, ids, expected)
         if reason is not None:
             say(
                 f"note: {reason}; the reference tokenizer is used, which takes several times longer"

@@ -1,10 +1,11 @@
 """The sample index: the two random orders of an epoch, built once and memory-mapped by everyone.
 
-An epoch of a corpus is described by three tables of int64 (see `corpus`): the documents in stream
-order, where each ends in the stream, and the samples in the order in which they are drawn.  They
-follow from the documents' lengths, the sequence length, the seed and the epoch alone, so those are
-what a file is named after and what its key holds; the lengths enter as their SHA-256, and a shard
-that is copied keeps its index while one that is rewritten gets another.  A file is
+An epoch of a corpus is described by three tables of int64 (see `corpus`): the documents, or pieces
+of documents, in stream order, where each ends in the stream, and the samples in the order in which
+they are drawn.  They follow from the documents' lengths, the sequence length, the packing, the seed
+and the epoch alone, so those are what a file is named after and what its key holds; the lengths
+enter as their SHA-256, and a shard that is copied keeps its index while one that is rewritten gets
+another.  A file is
 
     128 bytes   header of the .npy format: `numpy.load` reads the file as one array of int64
     16 x i64    magic, version, D, N, CRC-32 of the tables, SHA-256 of the key (4), 0 ..., CRC-32
@@ -40,6 +41,7 @@ import numpy.typing as npt
 
 from litespark.data.index_file import forget_pages, map_file
 from litespark.data.indexed import DocumentSpan
+from litespark.data.packing import whole_documents
 from litespark.utils.choice_cache import cache_path
 from litespark.utils.files import atomic_write
 from litespark.utils.locks import lock_file
@@ -62,6 +64,8 @@ IntArray = npt.NDArray[np.int64]
 class EpochOrder:
     """`documents` [D] in stream order, `ends_tokens` [D] their ends in the stream, `samples` [N]
     the order in which samples are drawn; all int64.
+
+    Of packed documents the entries are pieces, and the stream has gaps (`packing.whole_documents`).
     """
 
     documents: IntArray
@@ -72,7 +76,8 @@ class EpochOrder:
 @dataclass(frozen=True, eq=False)
 class OrderRequest:
     """Which order is wanted: of the documents [start, stop) of a shard, whose lengths `span`
-    reads, in `samples` samples of `sequence_length`, for a seed and an epoch.
+    reads, in `samples` samples of `sequence_length`, for a seed and an epoch.  `pieces` is how many
+    pieces of them are to be packed; None cuts their stream.
     """
 
     prefix: str
@@ -82,12 +87,21 @@ class OrderRequest:
     samples: int
     seed: int
     epoch: int
+    pieces: int | None = None
+
+    @property
+    def entries(self) -> int:
+        """How many documents, or pieces, the order has."""
+        return len(self.span) if self.pieces is None else self.pieces
 
     def build(self) -> EpochOrder:
-        """Compute the order in memory: some 40 bytes a document at its peak."""
+        """Compute the order in memory: at its peak some 40 bytes a document, 100 packed."""
         documents = random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
         ends_tokens = self.span.lengths_tokens()[documents]
-        np.cumsum(ends_tokens, out=ends_tokens)
+        if self.pieces is None:
+            np.cumsum(ends_tokens, out=ends_tokens)
+        else:
+            documents, ends_tokens = whole_documents(documents, ends_tokens, self.sequence_length)
         samples = random_order(self.seed, self.epoch, _SAMPLES, self.samples)
         return EpochOrder(documents, ends_tokens, samples)
 
@@ -97,6 +111,8 @@ class OrderRequest:
         for lengths in self.span.blocks():
             digest.update(_as_stored(lengths).data)
         digest.update(f"{_VERSION} {self.sequence_length} {self.seed} {self.epoch}".encode())
+        if self.pieces is not None:
+            digest.update(b" whole documents")
         return digest.digest()
 
     def file_name(self, key: bytes) -> str:
@@ -104,7 +120,8 @@ class OrderRequest:
         start, stop = self.document_range
         shard = os.path.basename(self.prefix).encode()[:_LONGEST_NAME].decode(errors="ignore")
         return (
-            f"{shard}_{start}-{stop}_length{self.sequence_length}_seed{self.seed}"
+            f"{shard}_{start}-{stop}{'' if self.pieces is None else '_whole'}"
+            f"_length{self.sequence_length}_seed{self.seed}"
             f"_epoch{self.epoch}_{key.hex()[:16]}.npy"
         )
 
@@ -244,7 +261,7 @@ def _map(path: Path, request: OrderRequest, key: bytes) -> EpochOrder | None:
     Raises:
         _Damaged: it is not whole, or another request's.
     """
-    documents, samples = len(request.span), request.samples
+    documents, samples = request.entries, request.samples
     count = _WORDS + 2 * documents + samples
     try:
         size_bytes = path.stat().st_size

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -166,6 +166,27 @@ def upload(local: str | os.PathLike[str], remote: str) -> Generator[int, None, N
             target.closed = True
             raise
         target.close()
+
+
+def write_bytes(remote: str, content: bytes) -> None:
+    """Write a small object, whole or not at all.
+
+    Raises:
+        OSError: when the store refuses.
+    """
+    with _as_os_error(remote):
+        _store().pipe_file(remote, content)
+
+
+def remove_all(remotes: Sequence[str]) -> None:
+    """Remove objects that are there.
+
+    Raises:
+        OSError: when the store refuses.
+    """
+    if remotes:
+        with _as_os_error(remotes[0]):
+            _store().rm(list(remotes))
 
 
 def remove(remote: str) -> None:

@@ -9,6 +9,7 @@ megatron-core: a peer runs in its own process, perhaps with another version of i
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ from litespark.metering.energy import EnergyMeter
 from litespark.metering.flops import TransformerShape, flops_per_token, mfu, tflops
 from litespark.metering.gpu_peaks import Precision, check_below_peak, peak_for_device
 from litespark.parallel.device import cudnn_version
+from litespark.parallel.groups import gather_objects
 
 Record = dict[str, Any]
 
@@ -82,6 +84,21 @@ def time_steps(
     if joules_before is None or joules_after is None:
         return Timing(step_seconds, region_seconds, None)
     return Timing(step_seconds, region_seconds, joules_after - joules_before)
+
+
+def over_ranks(timing: Timing) -> Timing:
+    """One timing of all ranks: the slowest rank's step, and the joules of all; a collective call.
+
+    Joules are None if any rank's were not measured.
+    """
+    timings: list[Timing] = gather_objects(timing)
+    all_seconds = [each.step_seconds for each in timings]
+    joules = [each.joules for each in timings]
+    return Timing(
+        step_seconds=[max(seconds) for seconds in zip(*all_seconds, strict=True)],
+        region_seconds=max(each.region_seconds for each in timings),
+        joules=None if None in joules else math.fsum(j for j in joules if j is not None),
+    )
 
 
 def figures(work: Work, timing: Timing) -> Record:

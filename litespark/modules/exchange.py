@@ -33,13 +33,24 @@ class Exchange:
 
     def gather(self, rows_mk: Tensor) -> Tensor:
         """The rows of all ranks in order, [m * size, k]; the input itself where none is split."""
+        return self.start_gather(rows_mk)()
+
+    def start_gather(self, rows_mk: Tensor) -> Callable[[], Tensor]:
+        """Start `gather`; the result is what the returned function returns, when it is there."""
         if not self.splits_tokens:
-            return rows_mk
+            return lambda: rows_mk
         # Collectives know no FP8: bytes travel.
         payload = rows_mk.view(torch.uint8) if rows_mk.element_size() == 1 else rows_mk
+        payload = payload.contiguous()
         gathered = payload.new_empty((payload.size(0) * self.size, *payload.shape[1:]))
-        dist.all_gather_into_tensor(gathered, payload.contiguous(), group=self.group)
-        return gathered.view(rows_mk.dtype)
+        work = dist.all_gather_into_tensor(gathered, payload, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            assert work is not None, "started asynchronously"
+            work.wait()
+            return gathered.view(rows_mk.dtype)
+
+        return finish
 
     def reduce(self, partial_mk: Tensor) -> Tensor:
         """The sum over ranks, of this rank's rows where they are split; may reuse the input."""

@@ -8,6 +8,7 @@ gathered, half the bytes of BF16, and the transpose is made after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,10 +111,13 @@ class NormLinear:
         """Gradients of the sum (`dsummed_mh`, what arrives past the block, included), of the
         norm's weight and of the linear's.
         """
-        finish = self.exchange.start_reduce(self.linear.input_gradient(doutput, weight_nh))
-        dweight = self.linear.weight_gradient(
-            doutput, self._operand_again(saved, norm_weight_h), weight_nh
-        )
+        # Collectives run one after the other: the gather goes behind the first product, so that
+        # the reduction has the second one to itself.
+        operand = self._start_operand_again(saved, norm_weight_h)
+        dinput_mh = self.linear.input_gradient(doutput, weight_nh)
+        again = operand()
+        finish = self.exchange.start_reduce(dinput_mh)
+        dweight = self.linear.weight_gradient(doutput, again, weight_nh)
         saved.operand = None
         gradients = rms_norm_backward(
             finish(), saved.summed_mh, norm_weight_h, saved.rstd_m, dsummed_mh=dsummed_mh
@@ -125,28 +129,47 @@ class NormLinear:
         self, normed: Tensor | Fp8Matrix, amax: Tensor | None, *, rows: bool, columns: bool
     ) -> Operand:
         """The linear's input from what the norm wrote, tokens of all ranks."""
+        return self._start_operand(normed, amax, rows=rows, columns=columns)()
+
+    def _start_operand(
+        self, normed: Tensor | Fp8Matrix, amax: Tensor | None, *, rows: bool, columns: bool
+    ) -> Callable[[], Operand]:
+        """Start the exchange that `_operand` needs; the operand is what is returned returns."""
         if isinstance(normed, Fp8Matrix):
             if not self.exchange.splits_tokens:
-                return normed
+                return lambda: normed
             assert normed.rows_mk is not None
-            rows_mk = self.exchange.gather(normed.rows_mk)
-            columns_km = transpose(rows_mk) if columns else None
-            return Fp8Matrix(rows_mk, columns_km, normed.scale_inv)
-        full_mh = self.exchange.gather(normed)
-        point = self.linear.input_point()
-        if point is not None:
-            return quantize(full_mh, point.spec_for(full_mh, amax), rows=rows, columns=columns)
-        return self.linear.input_operand(full_mh, rows=rows, columns=columns)
+            gathered_rows = self.exchange.start_gather(normed.rows_mk)
 
-    def _operand_again(self, saved: NormLinearSaved, norm_weight_h: Tensor) -> Operand:
-        """The linear's input for its weight's gradient."""
+            def finish_fp8() -> Operand:
+                rows_mk = gathered_rows()
+                columns_km = transpose(rows_mk) if columns else None
+                return Fp8Matrix(rows_mk, columns_km, normed.scale_inv)
+
+            return finish_fp8
+        gathered = self.exchange.start_gather(normed)
+
+        def finish() -> Operand:
+            full_mh = gathered()
+            point = self.linear.input_point()
+            if point is not None:
+                return quantize(full_mh, point.spec_for(full_mh, amax), rows=rows, columns=columns)
+            return self.linear.input_operand(full_mh, rows=rows, columns=columns)
+
+        return finish
+
+    def _start_operand_again(
+        self, saved: NormLinearSaved, norm_weight_h: Tensor
+    ) -> Callable[[], Operand]:
+        """Start to make the linear's input for its weight's gradient; what returns it."""
         if not self.exchange.splits_tokens:
-            assert saved.operand is not None, "kept by forward"
-            return saved.operand
+            kept = saved.operand
+            assert kept is not None, "kept by forward"
+            return lambda: kept
         if isinstance(saved.operand, Fp8Matrix):
-            return self._operand(saved.operand, None, rows=False, columns=True)
+            return self._start_operand(saved.operand, None, rows=False, columns=True)
         normed = recompute_normed(saved.summed_mh, norm_weight_h, saved.rstd_m)
-        return self._operand(normed, None, rows=False, columns=True)
+        return self._start_operand(normed, None, rows=False, columns=True)
 
 
 def gathered_gradient(linear: LinearFormat, exchange: Exchange, doutput_mn: Tensor) -> Operand:

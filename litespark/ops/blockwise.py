@@ -14,8 +14,8 @@ is the same FP8 number under two scales unless one of them is too coarse for it.
 
 A matrix [m, k] that is multiplied from both sides is stored twice: its rows with tiles along k and
 its transpose with tiles along m, which have other scales.  A 128 x 128 block is its own transpose's
-block: there the numbers and scales agree.  A kernel reads a 128 x 128 tile once and writes both (2
-bytes read, 1 + 1 written a value, and 1/16 of that in scales).
+block: there the numbers and scales agree.  Of memory a kernel reads a 128 x 128 block once and
+writes both (2 bytes read, 1 + 1 written a value, and 1/16 of that in scales).
 
 Sizes that are not multiples of 128 are allowed everywhere: the last tile of a row is short, and has
 a scale of its own like every other.  Nothing is padded, but for the memory of block scales.
@@ -49,11 +49,14 @@ LIMIT = FP8_MAX[E4M3]
 # A scale's reciprocal must be finite and normal.
 SMALLEST_SCALE = 2.0**-126
 
-# A program takes one 128 x 128 block; only the number of warps is open.
+# Of tiles a program takes `block_n` rows or columns of a 128 x 128 block, of blocks a whole one.
 CANDIDATES: dict[str, tuple[LaunchConfig, ...]] = {
     "tiles": (
+        LaunchConfig(TILE, 64, num_warps=4),
+        LaunchConfig(TILE, 32, num_warps=4),
+        LaunchConfig(TILE, 32, num_warps=2),
+        LaunchConfig(TILE, 64, num_warps=8),
         LaunchConfig(TILE, TILE, num_warps=8),
-        LaunchConfig(TILE, TILE, num_warps=16),
         LaunchConfig(TILE, TILE, num_warps=4),
     ),
     "blocks": (
@@ -195,6 +198,44 @@ def _magnitude(x):
 
 
 @triton.jit
+def _quantize_strip(
+    x_ptr,
+    out_ptr,
+    scales_ptr,
+    line,
+    place,
+    tile_index,
+    num_lines,
+    line_length,
+    line_stride,
+    place_stride,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One tile of each of some lines: a line is a row of the matrix, or a column."""
+    line_64, place_64 = line.to(tl.int64), place.to(tl.int64)
+    offsets = line_64[:, None] * line_stride + place_64[None, :] * place_stride
+    if EVEN:
+        x = tl.load(x_ptr + offsets).to(tl.float32)
+    else:
+        mask = (line < num_lines)[:, None] & (place < line_length)[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    amax = tl.max(_magnitude(x), axis=1)
+    scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
+    stored = to_fp8(x, reciprocal[:, None], LIMIT, out_ptr.dtype.element_ty)
+    at = line_64[:, None] * line_length + place_64[None, :]
+    scale_at = tile_index.to(tl.int64) * num_lines + line
+    if EVEN:
+        tl.store(scales_ptr + scale_at, scale)
+        tl.store(out_ptr + at, stored)
+    else:
+        tl.store(scales_ptr + scale_at, scale, mask=line < num_lines)
+        tl.store(out_ptr + at, stored, mask=mask)
+
+
+@triton.jit
 def _quantize_tiles_kernel(
     x_ptr,
     rows_ptr,
@@ -207,43 +248,62 @@ def _quantize_tiles_kernel(
     LIMIT: tl.constexpr,
     SMALLEST: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile, for its rows and for its columns loaded each in the layout that stores it well.
+    """A program takes BLOCK_K rows, or BLOCK_K columns, of a block of BLOCK_M = 128 squared.
 
-    Turning the fp32 tile around in registers spilled them, at 53 % of the copy bandwidth; the
-    second load, which the L1 cache serves, makes it 78 %.  The hint keeps the compiler from giving
-    a thread 16 elements for its 16-byte stores of FP8: a warp's loads of bf16 would be 32 bytes
-    apart.
+    A block's rows and its columns are quantised by neighbouring programs, of which the second reads
+    from the L2 cache.  One program for both has to turn the block around in registers, or keep too
+    many of them for as many programs on an SM as hide the wait for the largest value.
     """
-    tiles_k = tl.cdiv(k, BLOCK_K)
-    tile_m, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_64 = row.to(tl.int64)
-    if ROWS:
-        column = tile_k * BLOCK_K + tl.max_contiguous(tl.arange(0, BLOCK_K), 8)
-        mask = (row < m)[:, None] & (column < k)[None, :]
-        offsets = row_64[:, None] * row_stride + column[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        amax = tl.max(_magnitude(x), axis=1)
-        scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
-        tl.store(row_scales_ptr + tile_k.to(tl.int64) * m + row, scale, mask=row < m)
-        stored = to_fp8(x, reciprocal[:, None], LIMIT, rows_ptr.dtype.element_ty)
-        tl.store(rows_ptr + row_64[:, None] * k + column[None, :], stored, mask=mask)
-    if COLUMNS:
-        column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = (column < k)[:, None] & (row < m)[None, :]
-        offsets = row_64[None, :] * row_stride + column[:, None]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        amax = tl.max(_magnitude(x), axis=1)
-        scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
-        tl.store(column_scales_ptr + tile_m.to(tl.int64) * k + column, scale, mask=column < k)
-        stored = to_fp8(x, reciprocal[:, None], LIMIT, columns_ptr.dtype.element_ty)
-        at = column.to(tl.int64)[:, None] * m + row[None, :]
-        tl.store(columns_ptr + at, stored, mask=mask)
+    PARTS: tl.constexpr = BLOCK_M // BLOCK_K
+    ROW_PARTS: tl.constexpr = PARTS if ROWS else 0
+    ALL_PARTS: tl.constexpr = ROW_PARTS + (PARTS if COLUMNS else 0)
+    block, part = tl.program_id(0) // ALL_PARTS, tl.program_id(0) % ALL_PARTS
+    blocks_k = tl.cdiv(k, BLOCK_M)
+    block_m, block_k = block // blocks_k, block % blocks_k
+    strip, whole = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
+    # Nested, since `and` does not keep what the other orientation, without pointers, compiles to.
+    if ROWS:  # noqa: SIM102
+        if part < ROW_PARTS:
+            _quantize_strip(
+                x_ptr,
+                rows_ptr,
+                row_scales_ptr,
+                block_m * BLOCK_M + part * BLOCK_K + strip,
+                block_k * BLOCK_M + whole,
+                block_k,
+                m,
+                k,
+                row_stride,
+                1,
+                LIMIT,
+                SMALLEST,
+                POWER_OF_TWO,
+                EVEN,
+            )
+    if COLUMNS:  # noqa: SIM102
+        if part >= ROW_PARTS:
+            _quantize_strip(
+                x_ptr,
+                columns_ptr,
+                column_scales_ptr,
+                block_k * BLOCK_M + (part - ROW_PARTS) * BLOCK_K + strip,
+                block_m * BLOCK_M + whole,
+                block_m,
+                k,
+                m,
+                1,
+                row_stride,
+                LIMIT,
+                SMALLEST,
+                POWER_OF_TWO,
+                EVEN,
+            )
 
 
 @triton.jit
@@ -293,7 +353,8 @@ def _quantize_tiles_on_gpu(
     if columns:
         columns_km = x_mk.new_empty((k, m), dtype=E4M3)
         column_scales = x_mk.new_empty((triton.cdiv(m, TILE), k), dtype=torch.float32).t()
-    _quantize_tiles_kernel[tiles(m, k, config)](
+    programs = triton.cdiv(m, TILE) * triton.cdiv(k, TILE) * (TILE // config.block_n)
+    _quantize_tiles_kernel[(programs * (rows + columns),)](
         x_mk,
         rows_mk,
         row_scales,
@@ -307,6 +368,7 @@ def _quantize_tiles_on_gpu(
             LIMIT=LIMIT,
             SMALLEST=SMALLEST_SCALE,
             POWER_OF_TWO=power_of_two,
+            EVEN=m % TILE == 0 and k % TILE == 0,  # masks would cost a fifth of the time
             ROWS=rows,
             COLUMNS=columns,
         ),
@@ -392,9 +454,12 @@ def _check_matrix(x_mk: Tensor) -> None:
         )
 
 
-def _check_config(config: LaunchConfig) -> LaunchConfig:
-    if (config.block_m, config.block_n) != (TILE, TILE):
-        raise LitesparkError(f"a program takes one {TILE} x {TILE} block; got {config}")
+def _check_config(config: LaunchConfig, *, is_cut: bool) -> LaunchConfig:
+    strip = config.block_n
+    fits = strip == TILE or (is_cut and 0 < strip < TILE and TILE % strip == 0)
+    if config.block_m != TILE or not fits:
+        part = "or equal parts of it" if is_cut else "and no part of it"
+        raise LitesparkError(f"a program takes one {TILE} x {TILE} block {part}; got {config}")
     return config
 
 
@@ -413,7 +478,7 @@ def quantize_tiles(
         power_of_two: round scales up to powers of two.
         rows: store [m, k], with tiles along k.
         columns: store the transpose [k, m], with tiles along m.
-        config: blocks of 128 x 128, with any number of warps.
+        config: blocks of 128 x 128, or of 128 by a part of it, with any number of warps.
 
     Raises:
         LitesparkError: rows that are not contiguous, or neither orientation asked for.
@@ -423,7 +488,7 @@ def quantize_tiles(
         raise LitesparkError("quantize_tiles: neither rows nor columns asked for")
     if not runs_kernel(x_mk):
         return _matrix_reference(x_mk, 1, power_of_two, rows, columns)
-    config = _check_config(config or CANDIDATES["tiles"][0])
+    config = _check_config(config or CANDIDATES["tiles"][0], is_cut=True)
     return _quantize_tiles_on_gpu(x_mk, power_of_two, rows, columns, config)
 
 
@@ -443,7 +508,7 @@ def quantize_blocks(
     _check_matrix(w_nk)
     if not runs_kernel(w_nk):
         return _matrix_reference(w_nk, TILE, power_of_two, rows=True, columns=True)
-    config = _check_config(config or CANDIDATES["blocks"][0])
+    config = _check_config(config or CANDIDATES["blocks"][0], is_cut=False)
     return _quantize_blocks_on_gpu(w_nk, power_of_two, config)
 
 

@@ -32,7 +32,10 @@ class ComputeDevice:
 
 
 def has_cuda() -> bool:
-    """Whether there is a CUDA device that this process may use."""
+    """Whether there is a CUDA device that this process may use; the first that is asked of CUDA."""
+    # One hardware queue keeps the order in which kernels and collectives were launched, which is
+    # how megatron-core overlaps them; it is read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return torch.cuda.is_available() and torch.cuda.device_count() > 0
 
 

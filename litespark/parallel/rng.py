@@ -13,9 +13,11 @@ from torch import Tensor
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch's and megatron-core's generators of this process."""
+    """Seed all generators of this process: Python's, numpy's, torch's and megatron-core's."""
     from megatron.core import tensor_parallel
 
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -24,7 +24,14 @@ from litespark.errors import UserError
 from litespark.metering.breakdown import break_down, record_kernels
 from litespark.metering.energy import EnergyMeter
 from litespark.metering.flops import total_parameters
-from litespark.metering.measurement import Record, Timing, Work, figures, software, time_steps
+from litespark.metering.measurement import (
+    Record,
+    Work,
+    figures,
+    over_ranks,
+    software,
+    time_steps,
+)
 from litespark.metering.memory import peak_memory_bytes
 from litespark.parallel.groups import gather_objects, stop_process_group
 from litespark.training.preflight import open_data
@@ -146,7 +153,7 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
         outcome = train_step(run)
 
     timing = time_steps(step, options.steps, device.synchronize, EnergyMeter())
-    peak_bytes = max(gather_objects(peak_memory_bytes(device.type)))
+    peak_bytes_of_ranks = gather_objects(peak_memory_bytes(device.type))
     loss = mean_loss(outcome.loss_and_tokens)
     squared_tokens = math.fsum(gather_objects(run.timings.squared_document_tokens))
     work = Work(
@@ -161,7 +168,8 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
     return {
         **_description(run, options),
         **figures(work, over_ranks(timing)),
-        "peak_memory_gib": peak_bytes / _GIBIBYTE,
+        "peak_memory_gib": max(peak_bytes_of_ranks) / _GIBIBYTE,
+        "peak_memory_gib_of_ranks": [peak / _GIBIBYTE for peak in peak_bytes_of_ranks],
         "loss": loss if math.isfinite(loss) else None,  # NaN is no JSON
         "set_up_seconds": set_up_at - options.process_started,
         "first_step_seconds": first_step_at - set_up_at,
@@ -169,21 +177,6 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
         **software(Path(litespark.__file__).parents[1]),
         "breakdown": _breakdown(run, step) if options.profile else None,
     }
-
-
-def over_ranks(timing: Timing) -> Timing:
-    """One timing of all ranks: the slowest rank's step, and the joules of all; a collective call.
-
-    Joules are None if any rank's were not measured.
-    """
-    timings: list[Timing] = gather_objects(timing)
-    all_seconds = [each.step_seconds for each in timings]
-    joules = [each.joules for each in timings]
-    return Timing(
-        step_seconds=[max(seconds) for seconds in zip(*all_seconds, strict=True)],
-        region_seconds=max(each.region_seconds for each in timings),
-        joules=None if None in joules else math.fsum(j for j in joules if j is not None),
-    )
 
 
 def _breakdown(run: TrainingRun, step: Callable[[], None]) -> Record | None:

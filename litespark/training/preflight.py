@@ -7,18 +7,21 @@ message; every rank runs them again, because on many nodes each sees its own fil
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.folder import find_checkpoint, newest_first
+from litespark.checkpoint.mirror import remote_checkpoints
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
 from litespark.data.chat_samples import open_chats
 from litespark.data.sample_index import IndexCache
+from litespark.data.storage import is_remote, require_storage
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import MissingExtraError, UserError
 
@@ -45,19 +48,27 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     check_config(config, world_size)
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
+    if config.checkpoint.mirror is not None or is_remote(config.run.resume):
+        require_storage()
     train, validation = open_data(config)
     candidates = checkpoint_candidates(config)
     checkpoint = first_intact(candidates)
     if checkpoint is not None:
         check_same_model(RunState.read(checkpoint), checkpoint, config.model)
-        if config.task == "dpo" and not _is_own(checkpoint, config):
-            raise UserError(
-                f"run.resume = {config.run.resume}",
-                "goes on with another run's state, and says not what the reference is",
-                "Set run.resume=auto.",
-            )
+    _check_reference(config, checkpoint)
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint, candidates)
+
+
+def _check_reference(config: RunConfig, checkpoint: Path | None) -> None:
+    """Refuse a run on preferences that would begin with another run's state."""
+    is_own = checkpoint is None or _is_own(checkpoint, config)
+    if config.task == "dpo" and (is_remote(config.run.resume) or not is_own):
+        raise UserError(
+            f"run.resume = {config.run.resume}",
+            "goes on with another run's state, and says not what the reference is",
+            "Set run.resume=auto.",
+        )
 
 
 def checkpoint_candidates(config: RunConfig) -> list[Path]:
@@ -70,7 +81,7 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
     """
     checkpoints = Path(config.run.output_dir) / "checkpoints"
     own = newest_first(checkpoints)
-    if config.run.resume == "auto":
+    if config.run.resume == "auto" or is_remote(config.run.resume):
         return own
     if config.run.resume == "never":
         if own:
@@ -88,6 +99,34 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
 def _is_own(checkpoint: Path, config: RunConfig) -> bool:
     checkpoints = Path(config.run.output_dir) / "checkpoints"
     return checkpoint.resolve().parent == checkpoints.resolve()
+
+
+def remote_candidates(config: RunConfig, local: Sequence[Path]) -> list[str]:
+    """Checkpoints in a store that a run begins with when there are no local ones, best first.
+
+    They are those of `run.resume`, if that is in a store, else of the run's own mirror.
+
+    Raises:
+        UserError: the store cannot be asked, or holds none, or holds some that must not be there.
+    """
+    resume, mirror = config.run.resume, config.checkpoint.mirror
+    place = resume if is_remote(resume) else mirror
+    if place is None or local:
+        return []
+    found = remote_checkpoints(place)
+    if place == resume and not found:
+        raise UserError(
+            f"run.resume = {resume}",
+            "holds no complete checkpoint",
+            "Give what was checkpoint.mirror of a run, or one of its step_... folders.",
+        )
+    if resume == "never" and found:
+        raise UserError(
+            "run.resume = never",
+            f"checkpoint.mirror already holds {found[0]}",
+            "Set run.resume=auto to go on from it, or give another checkpoint.mirror.",
+        )
+    return found
 
 
 def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
@@ -113,7 +152,7 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
     length, seed = data.sequence_length, config.seed
     train, *rest = (
-        open_blends(entries, data.split, parts, length, seed, cache)
+        open_blends(entries, data.split, parts, length, seed, cache, data.packing == "whole")
         if config.task == "pretrain"
         else open_chats(entries, data.split, parts, length, seed, config.task)
     )

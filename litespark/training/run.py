@@ -39,8 +39,10 @@ def run_training(config: RunConfig) -> None:
             if run.step < run.total_steps:
                 train(run, build_hooks(run))
                 run.record_event("finished", f"step {run.step}")
-            elif run.process.is_first:
-                logger.info("nothing to do: step %d of %d is done", run.step, run.total_steps)
+            else:
+                if run.process.is_first:
+                    logger.info("nothing to do: step %d of %d is done", run.step, run.total_steps)
+                train(run, [Checkpointing()])  # the mirror may lack the last checkpoint
         finally:
             if run.train_batches is not None:
                 run.train_batches.close()

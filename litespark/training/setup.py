@@ -8,11 +8,11 @@ processes, patches, user's mistakes, groups, seed, model, optimizer, data, check
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -25,11 +25,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.choose import newest_whole
 from litespark.checkpoint.load import load_checkpoint, load_random_states
+from litespark.checkpoint.mirror import fetch_first_whole
 from litespark.checkpoint.run_state import RunState, check_same_model
+from litespark.checkpoint.save import NO_LIMIT
 from litespark.checkpoint.sharded import bare_model, check_readable
 from litespark.config.load import dump_config
 from litespark.config.schema import RunConfig
+from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
+from litespark.data.storage import is_remote
 from litespark.errors import ExitCode, LitesparkError, UserError
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
@@ -45,7 +49,7 @@ from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
-from litespark.training.preflight import Preflight, preflight
+from litespark.training.preflight import Preflight, preflight, remote_candidates
 from litespark.training.reference import prepare_reference
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
@@ -67,9 +71,11 @@ def set_up(config: RunConfig) -> TrainingRun:
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
     prepare_reference(run, checked.train, checked.validation)
-    _resume(run, checked)
+    _resume(run, _candidates(run, checked))
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
+        for line in packing_lines((checked.train, checked.validation)):
+            logger.info("data: %s", line)
     if run.reads_tokens:
         run.train_batches = batch_loader(run, checked.train)
     return run
@@ -77,9 +83,6 @@ def set_up(config: RunConfig) -> TrainingRun:
 
 def start_processes(config: RunConfig) -> Process:
     """Join the process group and apply the patches to megatron-core that this device needs."""
-    # One hardware queue keeps the order in which kernels and collectives were launched, which is
-    # how megatron-core overlaps them; it is read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     process = start_process_group(config.resilience.collective_timeout_seconds)
     apply_patches(process.device.type)
     return process
@@ -262,8 +265,33 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
     return state
 
 
-def _resume(run: TrainingRun, checked: Preflight) -> None:
-    checkpoint = newest_whole(checked.candidates, verify=run.config.checkpoint.verify)
+def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
+    """The checkpoints to resume from; where there are none here, one is fetched from a store.
+
+    Raises:
+        LitesparkError: on every rank alike, if the store cannot be read or holds damaged ones only.
+    """
+    if run.config.checkpoint.mirror is None and not is_remote(run.config.run.resume):
+        return checked.candidates
+    candidates, error = checked.candidates, None
+    if run.process.is_first:
+        try:
+            remotes = remote_candidates(run.config, candidates)
+            if remotes:
+                candidates = [fetch_first_whole(remotes, run.folder / "checkpoints")]
+        except LitesparkError as found:
+            error = found
+    # A transfer takes as long as it takes.
+    group: Any = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    candidates, error = gather_objects((candidates, error), group)[0]
+    if error is not None:
+        error.on_every_rank = True
+        raise error
+    return candidates
+
+
+def _resume(run: TrainingRun, candidates: list[Path]) -> None:
+    checkpoint = newest_whole(candidates, verify=run.config.checkpoint.verify)
     if checkpoint is None:
         run.record_event("started", f"{run.layout.describe()}, from initial weights")
         return
@@ -291,8 +319,8 @@ def _tell_differences(run: TrainingRun, state: RunState, *, same_layout: bool) -
             RankLayout(**state.layout).describe(),
         )
     now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
-    saved = state.data | {"seed": state.seed}
-    for key in ("blend", "split", "sequence_length", "seed"):
+    saved = {"packing": "stream"} | state.data | {"seed": state.seed}
+    for key in ("blend", "split", "sequence_length", "packing", "seed"):
         if now[key] != saved[key]:
             logger.warning(
                 "%s was %s and is %s: samples from number %d on are not those that an "

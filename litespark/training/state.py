@@ -126,7 +126,8 @@ class TrainingRun:
     count over the whole run, resumed parts included; `judges` are asked before each update;
     `attach_reference` completes the micro-batches of a step with what a reference model says of
     them, where there is one; `progress` says what this rank is doing, `forward_clock` how long its
-    forward passes take; `folder_lock` is held by the first rank.
+    forward passes take; `folder_lock` is held by the first rank; `has_trained` says that this
+    process has made a step.
     """
 
     config: RunConfig
@@ -141,6 +142,7 @@ class TrainingRun:
     reads_tokens: bool
     step: int = 0
     consumed_samples: int = 0
+    has_trained: bool = False
     folder_lock: TextIO | None = None
     timings: Timings = field(default_factory=Timings)
     progress: Progress = field(default_factory=Progress)

@@ -229,6 +229,10 @@ def run_reports(
     Under the interleaved schedule every chunk takes the micro-batches from its own iterator.
     """
     several = len(chunks) > 1
+    # A kernel's first use loads it, for which CUDA may wait until the device is idle.  While a
+    # receive is in flight that wait has no end: what it waits for can depend, over the other
+    # stages, on what this stage would do next.  So sends overlap once a step has used all kernels.
+    run.core_config.overlap_p2p_comm = several and run.has_trained and not forward_only
     iterators = [iter(micro_batches) for _ in chunks]
     schedule: Any = get_forward_backward_func()
     length, rows = run.config.data.sequence_length, run.config.batch.micro
@@ -240,7 +244,7 @@ def run_reports(
         with run.forward_clock.measured():
             return step(*args)
 
-    return schedule(
+    reports: list[dict[str, Any]] = schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(chunks) if several else chunks[0],
@@ -250,3 +254,5 @@ def run_reports(
         decoder_seq_length=length,
         forward_only=forward_only,
     )
+    run.has_trained = run.has_trained or not forward_only
+    return reports

@@ -118,8 +118,23 @@ def test_the_run_stops_within_an_epoch_and_crosses_others(config_path, uninterru
 def test_resumed_run_reads_the_samples_of_the_whole_one(
     config_path, uninterrupted, tmp_path, saved_at, resumed_at
 ):
-    target = f"run.output_dir={tmp_path}"
+    assert resumed(config_path, tmp_path, saved_at, resumed_at) == uninterrupted
+
+
+def resumed(config_path, folder, saved_at, resumed_at):
+    """The rows of each step of a run that was stopped at one layout and went on at another."""
+    target = f"run.output_dir={folder}"
     before = train(saved_at[0], config_path, [target, *saved_at[1].split()], STOP_STEP)
     after = train(resumed_at[0], config_path, [target, *resumed_at[1].split()], STEPS)
     assert (len(before), len(after)) == (STOP_STEP, STEPS - STOP_STEP)
-    assert before + after == uninterrupted
+    return before + after
+
+
+def test_packed_documents_are_resumed_as_exactly(config_path, uninterrupted, tmp_path):
+    """Under context parallelism, too, whose ranks all read whole samples."""
+    packing = "data.packing=whole data.document_mask=true"
+    overrides = [f"run.output_dir={tmp_path / 'whole'}", "batch.micro=4", *packing.split()]
+    expected = train(1, config_path, overrides, STEPS)
+    assert expected != uninterrupted
+    layouts = ((2, f"batch.micro=2 {packing}"), (4, f"batch.micro=1 parallel.context=2 {packing}"))
+    assert resumed(config_path, tmp_path / "stopped", *layouts) == expected

@@ -6,6 +6,12 @@ keys' gradients of a group once more where they are summed over its heads.  Erro
 elements are independent: done step by step in torch, a whole tensor was off by 2e-3 to 5e-3 of its
 norm, and a token, whose norm may be small beside what was summed, by 1e-2.  2^-6 and 2^-5 allow
 three times that.  A row that sees one key too many is off by more than 1e-1 among the first tokens.
+
+Queries' gradients cancel where a token sees few keys: dq = scale sum_j p_j (dO.v_j - dO.O) k_j,
+which is 0 for the first.  Kernels take dO.O of the rounded output, off by some 2^-9 |dO * O|, which
+moves dq by scale |sum_j p_j k_j| times that, however small dq is: step by step in torch, the second
+to sixth tokens of 4096 were off by 1.4 to 4.7 % of the mean token (12 draws of 16 heads), on a GPU
+one by 7 %.  Four times that term is allowed beside the rest; of the sum the draws took 20 to 36 %.
 """
 
 from __future__ import annotations
@@ -108,16 +114,31 @@ def reference(
     return results(MathAttention(), wide, gradient_sbnd.float(), documents)
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+def cancelled(
+    leaves: list[Tensor], gradient_sbnd: Tensor, output_sbnd: Tensor, documents: Documents | None
+) -> Tensor:
+    """How far rounding the output moves each token's dq; fp32 [s, b, n]."""
+    q, k, _ = (leaf.detach().float().transpose(0, 1) for leaf in leaves)
+    mean_key_bsnd = MathAttention().attend(q, k, k, documents=documents)
+    size = (gradient_sbnd.float() * output_sbnd).norm(dim=-1) * q.size(-1) ** -0.5
+    return 2**-9 * size * mean_key_bsnd.transpose(0, 1).norm(dim=-1)
+
+
+def assert_close(
+    found: list[Tensor], leaves: list[Tensor], gradient_sbnd: Tensor, documents: Documents | None
+) -> None:
+    expected = reference(leaves, gradient_sbnd, documents)
+    moved = {"dq": cancelled(leaves, gradient_sbnd, expected[0], documents)}
     for name, one, other in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         error = one.float() - other
         whole = error.norm() / other.norm().clamp_min(1e-6)
         # One token's norm in a head, beside its own and the mean one.
         norms = other.norm(dim=-1)
-        token = (error.norm(dim=-1) / (norms + norms.mean()).clamp_min(1e-6)).max()
-        print(f"{name}: {float(whole):.1e} of the norm, a token {float(token):.1e}")
+        allowed = TOKEN * (norms + norms.mean()).clamp_min(1e-6) + 4 * moved.get(name, 0.0)
+        token = (error.norm(dim=-1) / allowed).max()
+        print(f"{name}: {float(whole):.1e} of the norm, a token {float(token):.0%} of its bound")
         assert whole < WHOLE, name
-        assert token < TOKEN, name
+        assert token < 1, name
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -126,10 +147,8 @@ def test_values_and_gradients(backend, name):
     skip_unless_supported(backend, case)
     *leaves, gradient_sbnd = random_inputs(case, torch.device("cuda"))
     documents = ragged(case)
-    assert_close(
-        results(backend, leaves, gradient_sbnd, documents),
-        reference(leaves, gradient_sbnd, documents),
-    )
+    found = results(backend, leaves, gradient_sbnd, documents)
+    assert_close(found, leaves, gradient_sbnd, documents)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -141,10 +160,8 @@ def test_documents_of_a_chunk(backend, number):
     chunk = chunk_documents(cu_seqlens, number, 4, torch.device("cuda"))
     keys = replace(case, kv_length=256 * (number + 1) - chunk.first_key, variable_length=False)
     *leaves, gradient_sbnd = random_inputs(keys, torch.device("cuda"))
-    assert_close(
-        results(backend, leaves, gradient_sbnd, chunk.documents),
-        reference(leaves, gradient_sbnd, chunk.documents),
-    )
+    found = results(backend, leaves, gradient_sbnd, chunk.documents)
+    assert_close(found, leaves, gradient_sbnd, chunk.documents)
 
 
 @pytest.mark.parametrize("name", ["grouped 1000", "a head each"])
@@ -160,7 +177,7 @@ def test_views_of_one_projection(backend, name):
     ]
     assert not any(view.is_contiguous() for view in views)
     outermost = gradient_sbnd.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_close(results(backend, views, outermost, None), reference(dense, gradient_sbnd, None))
+    assert_close(results(backend, views, outermost, None), dense, gradient_sbnd, None)
 
 
 def test_no_score_matrix_is_stored(backend):
@@ -229,4 +246,4 @@ def test_the_module(name, training, tmp_path, monkeypatch):
     assert output.shape == (case.q_length, case.batch, case.heads * case.head_dim)
     gradients = torch.autograd.grad(output, leaves, gradient_sbnd.flatten(2))
     found = [output.detach().unflatten(2, (case.heads, case.head_dim)), *gradients]
-    assert_close(found, reference(leaves, gradient_sbnd, documents))
+    assert_close(found, leaves, gradient_sbnd, documents)

@@ -430,12 +430,12 @@ def test_the_table_shows_the_breakdown_and_what_was_not_measured():
 
 
 def test_ranks_count_as_the_slowest_and_energy_as_the_sum(monkeypatch):
-    from litespark.training import benchmark
+    from litespark.metering import measurement
 
     def gathered(joules: float | None):
         timings = [Timing([1.0, 5.0], 6.5, 10.0), Timing([2.0, 3.0], 5.5, joules)]
-        monkeypatch.setattr(benchmark, "gather_objects", lambda _: timings)
-        return benchmark.over_ranks(timings[0])
+        monkeypatch.setattr(measurement, "gather_objects", lambda _: timings)
+        return measurement.over_ranks(timings[0])
 
     assert gathered(20.0) == Timing([2.0, 5.0], 6.5, 30.0)
     assert gathered(None).joules is None

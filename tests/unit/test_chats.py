@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from litespark.data.chat_template import load_chat_template
 from litespark.data.conversations import BadRow, conversation_of, preference_of
 from litespark.data.index_file import bin_path
 from litespark.data.manifest import read_manifest
-from litespark.data.packing import pack
 from litespark.data.tokenizers import load_tokenizer
 from litespark.errors import UserError
 from tests.support.chats import (
@@ -256,20 +254,6 @@ def test_workers_change_nothing(tmp_path):
         for suffix in (".bin", ".idx"):
             one, two = ((tmp_path / n / f"{name}{suffix}").read_bytes() for n in ("1", "2"))
             assert one == two
-
-
-def test_packing_is_whole_full_and_a_pure_function():
-    generator = np.random.default_rng(0)
-    lengths = np.minimum(generator.geometric(1 / 300, 5000), 2048)
-    members, ends = pack(lengths, 2048)
-    assert sorted(members) == list(range(5000))
-    sums = [lengths[members[a:b]].sum() for a, b in pairwise([0, *ends.tolist()])]
-    assert max(sums) <= 2048
-    assert lengths.sum() / (len(ends) * 2048) > 0.99
-    assert np.array_equal(members, pack(lengths, 2048)[0])
-    assert pack(np.array([5, 5, 5]), 5)[1].tolist() == [1, 2, 3]
-    with pytest.raises(ValueError, match="capacity"):
-        pack(np.array([6]), 5)
 
 
 def test_samples_hold_whole_conversations_and_count_their_answers_alone(tmp_path):

@@ -146,7 +146,11 @@ def reason_against(tokenizer, model, documents):
     """What a job is told of this model, tried on these documents."""
     texts = probe_texts(tokenizer, documents)
     ids = encode_texts(lambda: FastEngine(*model), texts)
-    return ids if isinstance(ids, str) else module.reason_against(tokenizer, texts, ids)
+    return (
+        ids
+        if isinstance(ids, str)
+        else module.reason_against(texts, ids, [tokenizer.encode(t) for t in texts])
+    )
 
 
 def fast_ids(engine, text):

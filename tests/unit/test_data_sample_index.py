@@ -17,7 +17,7 @@ import yaml
 from litespark.cli.main import main
 from litespark.data import sample_index
 from litespark.data.blend import Blend, open_blend
-from litespark.data.corpus import Corpus
+from litespark.data.corpus import Corpus, PackedCorpus
 from litespark.data.loader import BatchLoader
 from litespark.data.sample_index import IndexCache, OrderRequest
 from tests.support.data import write_shard
@@ -32,8 +32,8 @@ def prefix(tmp_path, monkeypatch):
     return str(tmp_path / "a")
 
 
-def corpus_of(prefix, cache=None, seed=1):
-    return Corpus(prefix, (3, len(LENGTHS)), 6, seed, cache)
+def corpus_of(prefix, cache=None, seed=1, kind=Corpus):
+    return kind(prefix, (3, len(LENGTHS)), 6, seed, cache)
 
 
 def samples_of(corpus, count=700):
@@ -51,15 +51,18 @@ def refuse_to_build(monkeypatch):
     monkeypatch.setattr(OrderRequest, "build", fail)
 
 
-def test_samples_are_those_without_an_index_and_it_is_built_once(prefix, tmp_path, monkeypatch):
-    expected = samples_of(corpus_of(prefix))
-    assert samples_of(corpus_of(prefix, IndexCache())) == expected
+@pytest.mark.parametrize("kind", [Corpus, PackedCorpus])
+def test_samples_are_those_without_an_index_and_it_is_built_once(
+    kind, prefix, tmp_path, monkeypatch
+):
+    expected = samples_of(corpus_of(prefix, kind=kind))
+    assert samples_of(corpus_of(prefix, IndexCache(), kind=kind)) == expected
     files = index_files(tmp_path / "a_index")
-    assert len(files) == 1 + 699 // corpus_of(prefix).samples_per_epoch
+    assert len(files) == 1 + 699 // corpus_of(prefix, kind=kind).samples_per_epoch
     assert sorted(os.listdir(tmp_path / "a_index")) == [file.name for file in files]
     refuse_to_build(monkeypatch)
-    assert samples_of(corpus_of(prefix, IndexCache())) == expected
-    order = corpus_of(prefix, IndexCache())._epoch(0)
+    assert samples_of(corpus_of(prefix, IndexCache(), kind=kind)) == expected
+    order = corpus_of(prefix, IndexCache(), kind=kind)._epoch(0)
     buffer = order.documents.base.base
     assert isinstance(buffer.obj if isinstance(buffer, memoryview) else buffer, mmap.mmap)
     assert not order.documents.flags.writeable
@@ -82,6 +85,7 @@ def test_each_thing_that_the_order_depends_on_has_its_own_file(prefix, tmp_path)
         [
             corpus_of(prefix),
             corpus_of(prefix, seed=2),
+            corpus_of(prefix, kind=PackedCorpus),
             Corpus(prefix, (3, len(LENGTHS)), 7, 1),
             Corpus(prefix, (2, len(LENGTHS)), 6, 1),
             corpus_of(str(tmp_path / "other")),
@@ -187,7 +191,7 @@ def test_who_waits_too_long_builds_in_memory(prefix, tmp_path, caplog, monkeypat
 # Builds slowly and says so; then tells how it came by the index.
 CHILD = """
 import sys, time
-from litespark.data.corpus import Corpus
+from litespark.data.corpus import Corpus, PackedCorpus
 from litespark.data.sample_index import IndexCache, OrderRequest
 prefix, documents, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 build = OrderRequest.build

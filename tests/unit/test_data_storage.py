@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,10 @@ from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.preprocess import PreprocessOptions, preprocess
 from litespark.errors import LitesparkError, MissingExtraError, UserError
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl, write_shard
+from tests.support.store import empty_bucket, running_store
 
 pytest.importorskip("s3fs", reason="the extra 's3' is not installed")
-moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+pytest.importorskip("moto.server", reason="moto is not installed")
 
 BUCKET = "s3://shelf"
 
@@ -26,30 +26,14 @@ BUCKET = "s3://shelf"
 @pytest.fixture(scope="module")
 def server():
     """A store on this machine, where the environment says that it is."""
-    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "http_proxy", "HTTP_PROXY"):
-            patch.delenv(name, raising=False)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        storage._store.cache_clear()
-        yield f"http://{host}:{port}"
-    storage._store.cache_clear()
-    running.stop()
+    with running_store() as address:
+        yield address
 
 
 @pytest.fixture
 def store(server):
     """The store with an empty bucket `shelf`."""
-    request = urllib.request.Request(f"{server}/moto-api/reset", method="POST")
-    urllib.request.urlopen(request).close()
-    filesystem = storage._store()
-    filesystem.mkdir(BUCKET)
-    return filesystem
+    return empty_bucket(server, BUCKET)
 
 
 def put(store, name, content):

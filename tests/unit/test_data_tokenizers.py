@@ -112,6 +112,63 @@ def test_eos_is_taken_from_the_files_beside(json_folder, tmp_path):
     ]
 
 
+def change_json(folder, target, change):
+    value = json.loads((folder / "tokenizer.json").read_text())
+    change(value)
+    (target / "tokenizer.json").write_text(json.dumps(value))
+    return target
+
+
+def add_token(token_id):
+    def change(value):
+        token = value["added_tokens"][0] | {"content": "<extra>", "id": token_id}
+        value["added_tokens"].append(token)
+
+    return change
+
+
+def test_sizes_and_control_tokens_do_not_wait_for_the_library(json_folder, tmp_path):
+    library = LibraryTokenizer.from_file(str(json_folder / "tokenizer.json"))
+    size = library.get_vocab_size()
+    plain = load_tokenizer(json_folder)
+    grown = load_tokenizer(change_json(json_folder, tmp_path, add_token(size)))
+    assert (plain.vocab_size, grown.vocab_size) == (size, size + 1)
+    assert plain.eos_id == library.token_to_id("</s>")
+    assert grown.added_tokens == (*plain.added_tokens, "<extra>")
+    assert plain.added_tokens == ("<s>", "</s>")
+    assert not any("_library" in vars(tokenizer) for tokenizer in (plain, grown))
+    assert plain.encode("a b c") == library.encode("a b c", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_token(100_000),  # the library gives it the next free id instead
+        lambda value: value["added_tokens"][0].update(id=77),
+        lambda value: value["model"].update(type="Unigram", vocab=[["<unk>", 0.0], ["a", -1.0]]),
+    ],
+    ids=["a gap", "another id", "a list of scores"],
+)
+def test_ids_that_the_file_does_not_settle_are_the_librarys(json_folder, tmp_path, change):
+    folder = change_json(json_folder, tmp_path, change)
+    try:
+        library = LibraryTokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:
+        with pytest.raises(UserError, match="is not a tokenizer"):
+            load_tokenizer(folder)
+        return
+    found = load_tokenizer(folder)
+    assert found.vocab_size == max(library.get_vocab(with_added_tokens=True).values()) + 1
+    decoder = library.get_added_tokens_decoder()
+    assert sorted(found.added_tokens) == sorted(token.content for token in decoder.values())
+
+
+def test_a_vocabulary_without_a_model_is_refused_at_the_first_text(json_folder, tmp_path):
+    folder = change_json(json_folder, tmp_path, lambda value: value["model"].update(merges=[1]))
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        load_tokenizer(folder).encode("a")
+
+
 def test_eos_that_the_vocabulary_lacks_is_an_error(json_folder, tmp_path):
     folder = copy_json(json_folder, tmp_path, tokenizer_config={"eos_token": "<|none|>"})
     with pytest.raises(UserError, match="lacks"):

@@ -1,23 +1,28 @@
-"""The closest peer: plain Megatron-Core with Transformer Engine on one GPU.
+"""The closest peer: plain Megatron-Core with Transformer Engine, on one GPU or several.
 
     python tools/benchmarks/peer_mcore.py --precision fp8 --recipe delayed --fp8-param
     python tools/benchmarks/peer_mcore.py --precision bf16 --micro-batch 2
+    torchrun --nproc-per-node 4 tools/benchmarks/peer_mcore.py --tensor 2 --pipeline 2 --virtual 2
 
 Everything that makes it fast is on: Transformer Engine's fused layers, its cross-entropy, fused
 RoPE and SwiGLU, gradients accumulated inside the weight-gradient products, the distributed
-optimizer with fp32 main gradients.  It needs Transformer Engine, and runs with whichever
+optimizer with fp32 main gradients, whose gradients are reduced during backward and weights gathered
+during forward; sequence parallelism with tensor parallelism; sends that overlap where stages are
+interleaved.  It needs Transformer Engine, and runs with whichever
 megatron-core (0.16 to 0.19) comes first on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402 - after the settings that are read when CUDA starts
 
 from litespark.config.schema import ModelConfig  # noqa: E402
+from litespark.parallel.layout import RankLayout  # noqa: E402
 from tools.benchmarks.common import (  # noqa: E402
     measure,
     model_of,
@@ -57,19 +63,46 @@ def provide_weight_gradient_products() -> None:
     sys.modules["fused_weight_gradient_mlp_cuda"] = module
 
 
-def start_one_process() -> None:
-    """torch.distributed and megatron-core's groups for this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+def start_processes(args: argparse.Namespace) -> RankLayout:
+    """torch.distributed and megatron-core's groups, for this process alone without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor,
+        pipeline_model_parallel_size=args.pipeline,
+        virtual_pipeline_model_parallel_size=args.virtual if args.virtual > 1 else None,
+        context_parallel_size=args.context,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
+    world_size = int(os.environ["WORLD_SIZE"])
+    return RankLayout(
+        tensor=args.tensor,
+        context=args.context,
+        data=world_size // (args.tensor * args.context * args.pipeline),
+        pipeline=args.pipeline,
+    )
+
+
+def stop_processes() -> None:
+    """Leave all groups, so that this process can join others."""
+    from megatron.core import parallel_state
+
+    with suppress(ImportError):  # its place has changed over the versions
+        from transformer_engine.pytorch.quantization import (  # type: ignore[import-not-found]
+            FP8GlobalStateManager,
+        )
+
+        FP8GlobalStateManager.reset()  # it holds the groups that share largest values
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def core_config(args: argparse.Namespace, model: ModelConfig) -> Any:
@@ -103,6 +136,14 @@ def core_config(args: argparse.Namespace, model: ModelConfig) -> Any:
         bf16=True,
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
+        tensor_model_parallel_size=args.tensor,
+        sequence_parallel=args.tensor > 1,
+        pipeline_model_parallel_size=args.pipeline,
+        virtual_pipeline_model_parallel_size=args.virtual if args.virtual > 1 else None,
+        overlap_p2p_comm=args.virtual > 1,
+        batch_p2p_comm=args.virtual == 1,
+        deallocate_pipeline_outputs=True,
+        context_parallel_size=args.context,
         attention_backend=AttnBackend[args.attention],
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
@@ -115,36 +156,37 @@ def core_config(args: argparse.Namespace, model: ModelConfig) -> Any:
     )
 
 
-def build(args: argparse.Namespace, model: ModelConfig) -> tuple[Any, Any]:
-    """The wrapped model and its optimizer."""
+def build(args: argparse.Namespace, model: ModelConfig, layout: RankLayout) -> tuple[Any, Any]:
+    """The wrapped chunks of the model that this rank holds, and their optimizer."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
 
     config = core_config(args, model)
-    gpt = GPTModel(
-        config,
-        get_gpt_layer_with_transformer_engine_spec(),
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=args.seq_length,
-        position_embedding_type="rope",
-        rotary_base=int(model.rope_theta),
-        share_embeddings_and_output_weights=model.tie_embeddings,
-    ).cuda()
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        Float16Module(config, gpt),
+    overlap = layout.data * layout.context > 1
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        fp8_param_gather=args.precision == "fp8" and args.fp8_param,
     )
-    wrapped.broadcast_params()
+    stages = list(range(args.virtual)) if args.virtual > 1 else [None]
+    chunks: list[Any] = [
+        DistributedDataParallel(
+            config,
+            ddp_config,
+            Float16Module(config, build_chunk(args, model, config, stage)),
+            disable_bucketing=number > 0,
+        )
+        for number, stage in enumerate(stages)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -155,23 +197,67 @@ def build(args: argparse.Namespace, model: ModelConfig) -> tuple[Any, Any]:
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap,
         ),
-        [wrapped],
+        chunks,
     )
+
+    def one_or_all(functions: list[Callable]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
-    return wrapped, optimizer
+    if overlap:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
+    return chunks, optimizer
 
 
-def make_step(args: argparse.Namespace, model: ModelConfig) -> Callable[[], torch.Tensor]:
-    """One optimizer step over all micro-batches; it returns the last micro-batch's loss."""
+def build_chunk(args: argparse.Namespace, model: ModelConfig, config: Any, stage: Any) -> Any:
+    """One chunk of the model on the GPU; `stage` counts chunks where they are interleaved."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    ends = {"ignore_virtual": False, "vp_stage": stage}
+    return GPTModel(
+        config,
+        get_gpt_layer_with_transformer_engine_spec(),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=args.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**ends),
+        post_process=parallel_state.is_pipeline_last_stage(**ends),
+        position_embedding_type="rope",
+        rotary_base=int(model.rope_theta),
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        vp_stage=stage,
+    ).cuda()
+
+
+def own_part(rows_bs: torch.Tensor, layout: RankLayout) -> torch.Tensor:
+    """The two chunks of each row that this context-parallel rank holds, as megatron-core wants."""
+    if layout.context == 1:
+        return rows_bs.contiguous()
+    rank = layout.coordinates(int(os.environ["RANK"])).context
+    chunks = rows_bs.chunk(2 * layout.context, dim=1)
+    return torch.cat([chunks[rank], chunks[2 * layout.context - 1 - rank]], dim=1)
+
+
+def make_step(
+    args: argparse.Namespace, model: ModelConfig, layout: RankLayout
+) -> Callable[[], torch.Tensor | None]:
+    """One optimizer step over all micro-batches; returns the last micro-batch's loss, if here."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    wrapped, optimizer = build(args, model)
+    chunks, optimizer = build(args, model, layout)
     schedule: Any = get_forward_backward_func()
     tokens = random_tokens(args, model.vocab_size)
-    batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in tokens]
+    batches = [(own_part(ids[:, :-1], layout), own_part(ids[:, 1:], layout)) for ids in tokens]
     positions_bs = torch.arange(args.seq_length, device="cuda").expand(args.micro_batch, -1)
+    positions_bs = own_part(positions_bs, layout)
 
     def loss_function(losses_bs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = losses_bs.float().mean()
@@ -181,36 +267,45 @@ def make_step(args: argparse.Namespace, model: ModelConfig) -> Callable[[], torc
         tokens_bs, labels_bs = next(iterator)
         return gpt(tokens_bs, positions_bs, None, labels=labels_bs), loss_function
 
-    def step() -> torch.Tensor:
-        wrapped.zero_grad_buffer()
+    def step() -> torch.Tensor | None:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        iterators = [iter(batches) for _ in chunks]
         reports = schedule(
             forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=wrapped,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=args.accumulate,
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch,
             forward_only=False,
         )
         optimizer.step()
-        return reports[-1]["loss"]
+        return reports[-1]["loss"] if reports else None
 
     return step
 
 
-def main() -> None:
-    """Measure, and print the result."""
-    parser = peer_parser(__doc__)
-    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
-    parser.add_argument(
-        "--recipe", choices=["delayed", "tensorwise", "blockwise"], default="delayed"
-    )
-    parser.add_argument("--fp8-param", action="store_true", help="keep the weights in fp8")
-    parser.add_argument("--attention", choices=["fused", "flash", "auto"], default="fused")
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = peer_parser(__doc__)
+    add = made.add_argument
+    add("--precision", choices=["bf16", "fp8"], default="bf16")
+    add("--recipe", choices=["delayed", "tensorwise", "blockwise"], default="delayed")
+    add("--fp8-param", action="store_true", help="keep the weights in fp8")
+    add("--attention", choices=["fused", "flash", "auto"], default="fused")
+    add("--tensor", type=int, default=1, help="tensor-parallel size, with sequence parallelism")
+    add("--pipeline", type=int, default=1, help="pipeline stages")
+    add("--virtual", type=int, default=1, help="model chunks of a stage; above 1: interleaved")
+    add("--context", type=int, default=1, help="context-parallel size")
+    return made
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Set up, measure, and leave the process as it was."""
     provide_weight_gradient_products()
-    start_one_process()
+    layout = start_processes(args)
     import megatron.core
     import transformer_engine  # type: ignore[import-not-found] - only where there are GPUs
 
@@ -219,8 +314,16 @@ def main() -> None:
     if args.precision == "fp8":
         precision |= {"recipe": args.recipe, "fp8_param": args.fp8_param}
     name = f"megatron-core {megatron.core.__version__} + TE {transformer_engine.__version__}"
-    measure(make_step(args, model), args, model, name, precision)
-    torch.distributed.destroy_process_group()
+    result = measure(make_step(args, model, layout), args, model, name, precision, layout)
+    stop_processes()
+    return result
+
+
+def main() -> None:
+    """Measure, and print the result."""
+    result = measured(parser().parse_args())
+    if os.environ["RANK"] == "0":
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

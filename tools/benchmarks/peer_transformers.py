@@ -10,6 +10,7 @@ through torch.compile.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def main() -> None:
 
     model = model_of(args)
     name = f"transformers {transformers.__version__}"
-    measure(make_step(args, model), args, model, name, {"mode": "bf16", "autocast": True})
+    precision = {"mode": "bf16", "autocast": True}
+    print(json.dumps(measure(make_step(args, model), args, model, name, precision)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from litespark.data.corpus import Corpus
+from litespark.data.corpus import Corpus, PackedCorpus
 from litespark.data.indexed import IndexedReader, bin_path, idx_path
 from litespark.data.sample_index import IndexCache
 
@@ -46,14 +46,17 @@ def peak_mb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
-def measure(prefix: str, folder: str, sequence_length: int) -> None:
+def measure(prefix: str, folder: str, sequence_length: int, packing: str) -> None:
     """Open the corpus and its index in this process, and print what it took as JSON."""
     before_mb, started = peak_mb(), time.perf_counter()
     reader = IndexedReader(prefix)
     shard_seconds = time.perf_counter() - started
     shard_mb = peak_mb() - before_mb
     cache = IndexCache(folder)
-    corpus = Corpus(reader, (0, reader.documents), sequence_length, 1, cache)
+    kind = PackedCorpus if packing == "whole" else Corpus
+    corpus = kind(reader, (0, reader.documents), sequence_length, 1, cache)
+    if isinstance(corpus, PackedCorpus):
+        print(corpus.packing)
     request = corpus.order_request(0)
     found = cache.find(request)
     index_seconds = time.perf_counter() - started - shard_seconds
@@ -76,12 +79,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--tokens", type=int, default=10_000_000_000)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--packing", choices=("stream", "whole"), default="stream")
     parser.add_argument("--folder", help="where to make it (default: a temporary folder)")
     parser.add_argument("--measure", nargs=2, metavar=("PREFIX", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         prefix, folder = args.measure
-        measure(prefix, folder, args.sequence_length)
+        measure(prefix, folder, args.sequence_length, args.packing)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         prefix = Path(folder) / "synthetic"
@@ -90,6 +94,7 @@ def main() -> None:
         for _ in range(2):
             command = [sys.executable, __file__, "--measure", str(prefix), f"{folder}/index"]
             command += ["--sequence-length", str(args.sequence_length)]
+            command += ["--packing", args.packing]
             subprocess.run(command, check=True)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,19 +44,27 @@ class Trial:
 
     def start(self, output_dir: Path) -> list[BaseProcess]:
         """Start all ranks; they train, resuming from what `output_dir` holds, and end."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tools.soak.preload"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         overrides = [*self.overrides, f"run.output_dir={output_dir}"]
         log = output_dir.with_name(output_dir.name + ".log")
-        ranks = []
-        for rank in range(self.processes):
-            arguments = (rank, self.processes, port, str(self.config), overrides, str(log))
-            ranks.append(context.Process(target=_train, args=arguments))
-            ranks[-1].start()
-        return ranks
+        return start_ranks(self.processes, log, _train, str(self.config), overrides)
+
+
+def start_ranks(
+    processes: int, log: Path, target: Callable[..., int], *arguments: Any
+) -> list[BaseProcess]:
+    """Start `target(*arguments)` in that many ranks; output goes to the log, and they exit with
+    what it returns."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.soak.preload"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        about = (rank, processes, port, str(log), target, arguments)
+        ranks.append(context.Process(target=_run_rank, args=about))
+        ranks[-1].start()
+    return ranks
 
 
 def write_trial(folder: Path, steps: int, keep_last: int) -> Path:
@@ -114,10 +123,14 @@ def shards(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(checkpoint.glob("state/*.distcp"))}
 
 
-def _train(
-    rank: int, world_size: int, port: int, config: str, overrides: list[str], log: str
+def _run_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    log: str,
+    target: Callable[..., int],
+    arguments: tuple[Any, ...],
 ) -> None:
-    """One rank; its output goes to the log, and its exit code is the command's."""
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -129,7 +142,12 @@ def _train(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    sys.exit(target(*arguments))
+
+
+def _train(config: str, overrides: list[str]) -> int:
+    """One rank; its exit code is the command's."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from litespark.cli.main import main
 
-    sys.exit(main(["train", config, *overrides]))
+    return main(["train", config, *overrides])

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from litespark.checkpoint.folder import STATE
 from litespark.checkpoint.hf.llama import Entry, entries, to_hf
+from litespark.checkpoint.sharded import check_places
 from litespark.config.schema import ModelConfig
 from litespark.errors import UserError
 
@@ -45,6 +46,7 @@ class CheckpointReader:
         with self._reporting():
             self._storage = FileSystemReader(str(self._folder))
             index = self._storage.read_metadata()
+            check_places(index)
             self._storage.set_up_storage_reader(index, is_coordinator=True)
         self._index = index.state_dict_metadata
 

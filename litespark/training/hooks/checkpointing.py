@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litespark.checkpoint.choose import newest_whole
-from litespark.checkpoint.folder import newest_first, remove_leftovers, set_aside_later
+from litespark.checkpoint.folder import (
+    newest_checkpoint,
+    newest_first,
+    remove_leftovers,
+    set_aside_later,
+)
+from litespark.checkpoint.mirror import Mirror, SendOutcome
 from litespark.checkpoint.optimizer_state import optimizer_step
 from litespark.checkpoint.run_state import RunState
-from litespark.checkpoint.save import CheckpointSaver, SaveOutcome, written
+from litespark.checkpoint.save import CheckpointSaver, SaveFailed, SaveOutcome, written
 from litespark.config.load import dump_config
 from litespark.parallel.groups import gather_objects
 from litespark.training.launch import GRACE_SECONDS
@@ -33,14 +39,25 @@ class Checkpointing(Hook):
     def __init__(self) -> None:
         self.saved_step = -1
         self.saver: CheckpointSaver | None = None
+        self.mirror: Mirror | None = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Make the mirror, if the run has one."""
+        options = run.config.checkpoint
+        if options.mirror is not None and run.process.is_first:
+            self.mirror = Mirror(options, lambda outcome: _report_sending(run, outcome))
 
     def on_state(self, run: TrainingRun) -> None:
         """Remember what is on disk already, so that it is not written twice; tidy up."""
         self.saved_step = run.step
         if run.process.is_first:
-            remove_leftovers(run.folder / "checkpoints")
-            for path in set_aside_later(run.folder / "checkpoints", run.step):
+            checkpoints = run.folder / "checkpoints"
+            remove_leftovers(checkpoints)
+            for path in set_aside_later(checkpoints, run.step):
                 logger.warning("resumed at step %d: %s is set aside", run.step, path.name)
+            newest = newest_checkpoint(checkpoints)
+            if self.mirror is not None and newest is not None:
+                self.mirror.offer(newest)  # a kill may have come before it was sent
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
         """Save when it is time."""
@@ -49,17 +66,32 @@ class Checkpointing(Hook):
             self.save(run)
 
     def on_end(self, run: TrainingRun) -> None:
-        """Save the final state and wait for it.
+        """Save the final state and wait for it, also for its copy in the mirror.
 
         Raises:
-            LitesparkError: it could not be written.
+            LitesparkError: it could not be written, or not sent.
         """
         self.save_now(run)
+        if run.config.checkpoint.mirror is None:
+            return
+        with run.progress.suspended():
+            sent = self.mirror.wait() if self.mirror is not None else None
+        sent = self._saver(run).from_first_rank(sent)
+        if sent is not None and sent.problem:
+            raise SaveFailed(
+                f"step {sent.step} is saved in {run.folder}, but could not be sent to {sent.place}:"
+                f" {sent.problem}"
+            )
 
     def close(self) -> None:
         """Give a save in flight the time to end; a rank that died would keep it for ever."""
+        started = time.monotonic()
         if self.saver is not None:
             self.saver.wait(GRACE_SECONDS)
+        if self.mirror is not None:
+            self.mirror.wait(GRACE_SECONDS - (time.monotonic() - started))
+            for name in self.mirror.needed():
+                logger.error("%s is not in %s: there was no time", name, self.mirror.place)
 
     def newest(self, run: TrainingRun) -> Path | None:
         """The checkpoint that a restart would begin with; all ranks call it together.
@@ -90,7 +122,7 @@ class Checkpointing(Hook):
             fp8_scales=_fp8_scales(run),
             bf16_layers=sorted(run.policy.moved_layers),
         )
-        saver, report = self._saver(run), _Report(run)
+        saver, report = self._saver(run), _Report(run, self.mirror)
         with parameters_synchronised(run.chunks):
             saver.save(run.chunks, run.optimizer, state, dump_config(run.config), report)
         self.saved_step = run.step
@@ -115,7 +147,8 @@ class Checkpointing(Hook):
     def _saver(self, run: TrainingRun) -> CheckpointSaver:
         if self.saver is None:
             folder, options = run.folder / "checkpoints", run.config.checkpoint
-            self.saver = CheckpointSaver(folder, options, run.progress.suspended)
+            needed = self.mirror.needed if self.mirror is not None else tuple
+            self.saver = CheckpointSaver(folder, options, run.progress.suspended, needed)
         return self.saver
 
 
@@ -124,6 +157,7 @@ class _Report:
     """Tells the user how a save ended; called from the background's thread."""
 
     run: TrainingRun
+    mirror: Mirror | None
     waited_seconds: float | None = None
 
     def __call__(self, outcome: SaveOutcome) -> None:
@@ -146,6 +180,25 @@ class _Report:
             "" if waited is None else f", for which training waited {waited:.2f} s",
         )
         run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
+        if self.mirror is not None:
+            self.mirror.offer(outcome.checkpoint)
+
+
+def _report_sending(run: TrainingRun, outcome: SendOutcome) -> None:
+    """Tell the user how the copying to the mirror ended; called from its thread."""
+    if outcome.problem:
+        logger.error(
+            "step %d could not be sent to %s (%s); it is saved on this machine, training goes on, "
+            "the next checkpoint is sent",
+            *(outcome.step, outcome.place, outcome.problem),
+        )
+        run.record_event("mirror_failed", outcome.problem, outcome.step)
+    elif outcome.num_bytes:
+        logger.info(
+            "sent %s: %.2f GB in %.1f s",
+            *(outcome.place, outcome.num_bytes / 1e9, outcome.seconds),
+        )
+        run.record_event("mirrored", outcome.place, outcome.step)
 
 
 def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:
