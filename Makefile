@@ -2,6 +2,7 @@
 #   make quickstart              the whole path, raw text to generated text, on this machine's CPU
 #   QUICKSTART=short make quickstart   the same in under two minutes
 #   make test | lint | types     what CI runs
+#   make test-launch             runs on several hosts, Slurm: 10 minutes on 2 idle cores, as root
 #   make install PYTHON=python3.12     with another Python (3.10 to 3.13)
 #   make install TORCH="torch==2.12.0" with a torch of your choice
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= full
 PYTEST_ARGUMENTS ?=
 
-.PHONY: install test lint types quickstart clean
+.PHONY: install test test-launch lint types quickstart clean
 
 install: $(VENV)/.installed
 
@@ -26,9 +27,15 @@ $(VENV)/.installed: pyproject.toml setup.py tools/install_torch.py
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
 
+# Several hosts and a real Slurm on this machine: root, iproute2, and Debian's slurmctld, slurmd,
+# slurm-client and munge; what cannot be had is skipped, and the reason printed.
+test-launch: install
+	LITESPARK_TEST_LAUNCH=1 $(BIN)/python -m pytest tests/launch $(PYTEST_ARGUMENTS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x --source-path=SCRIPTDIR/.. launch/*.sh launch/*.sbatch
 
 types: install
 	$(BIN)/basedpyright

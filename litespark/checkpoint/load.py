@@ -13,7 +13,12 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from litespark.checkpoint.folder import STATE, random_states_file
-from litespark.checkpoint.optimizer_state import MASTER, is_own, optimizer_key, set_optimizer_step
+from litespark.checkpoint.optimizer_state import (
+    MASTER,
+    optimizer_key,
+    owned_masters,
+    set_optimizer_step,
+)
 from litespark.checkpoint.run_state import RunState
 from litespark.checkpoint.sharded import (
     bare_model,
@@ -25,6 +30,8 @@ from litespark.checkpoint.sharded import (
     stored_keys,
 )
 from litespark.errors import UserError
+from litespark.fp8.primary import primary_spec
+from litespark.modules.low_rank import is_adapter
 from litespark.parallel.groups import gather_objects
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_anew, set_random_states
@@ -46,14 +53,9 @@ def load_checkpoint(
     stored = stored_keys(checkpoint / STATE)
     wanted = run_tensors(chunks, optimizer, stored)
     _refuse_leftovers(checkpoint, wanted, stored)
-    # Masters that come from fp32 weights ask for tensors that the model asks for too, in other
-    # pieces, which one reading does not allow.
-    masters = {n: shard for n, shard in wanted["optimizer"].items() if not is_own(shard.key)}
-    wanted["optimizer"] = {n: s for n, s in wanted["optimizer"].items() if n not in masters}
     loaded = load_sharded(wanted, checkpoint / STATE)
-    if any(gather_objects(bool(masters))):
-        load_sharded({"masters": masters}, checkpoint / STATE)
     _load_chunks(chunks, loaded)
+    _fill_masters(chunks, optimizer, loaded)
     set_optimizer_step(optimizer, state.optimizer_step)
     return state
 
@@ -80,7 +82,29 @@ def _refuse_leftovers(checkpoint: Path, wanted: dict[str, Any], stored: set[str]
 
 def _load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
-        bare_model(chunk).load_state_dict(loaded[f"model{number}"])
+        model = bare_model(chunk)
+        in_fp8 = {  # which stay until they are written from their masters
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if primary_spec(parameter) is not None
+        }
+        model.load_state_dict({**loaded[f"model{number}"], **in_fp8})
+
+
+@torch.no_grad()
+def _fill_masters(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, loaded: dict[str, Any]
+) -> None:
+    """Masters where the checkpoint has none, as one written in fp32: its weights, unrounded."""
+    values = {}
+    for number, chunk in enumerate(chunks):
+        for name, parameter in bare_model(chunk).named_parameters():
+            value = loaded[f"model{number}"].get(name)
+            if value is not None and value.dtype == torch.float32 != parameter.dtype:
+                values[parameter] = value
+    for parameter, master, start, stop in owned_masters(optimizer):
+        if parameter in values:
+            master.copy_(values[parameter].view(-1)[start:stop].view(master.shape))
 
 
 def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) -> bool:
@@ -105,13 +129,34 @@ def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) ->
     return True
 
 
+def _refuse_unwanted_adapters(checkpoint: Path, wanted: dict[str, Any], stored: set[str]) -> None:
+    """Refuse to leave out trained adapters without a word."""
+    if any(map(is_adapter, stored)) and not any(map(is_adapter, requested_keys(wanted))):
+        raise UserError(
+            str(checkpoint),
+            "holds low-rank adapters, and this run has none",
+            "Start from its export (litespark export), which merges them, or set lora as it was.",
+        )
+
+
 def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunState:
     """Load the model alone, for export and generation; all ranks call it together.
+
+    An optimizer that there is has to be told (`reload_model_params`).
 
     Raises:
         UserError: the checkpoint cannot be read or does not fit.
     """
     check_readable(checkpoint)
-    loaded = load_sharded(model_state(chunks), checkpoint / STATE)
+    wanted, new_adapters = model_state(chunks), {}
+    stored = stored_keys(checkpoint / STATE)
+    _refuse_unwanted_adapters(checkpoint, wanted, stored)
+    for name, state in wanted.items():
+        # Adapters that begin in this run keep the values that they begin with.
+        new = [key for key in state if is_adapter(key) and state[key].key not in stored]
+        new_adapters[name] = {key: state.pop(key).data for key in new}
+    loaded = load_sharded(wanted, checkpoint / STATE)
+    for name, values in new_adapters.items():
+        loaded[name].update(values)
     _load_chunks(chunks, loaded)
     return RunState.read(checkpoint)

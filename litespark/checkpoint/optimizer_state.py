@@ -7,6 +7,9 @@ parameter's shape:
     optimizer.exp_avg.KEY
     optimizer.exp_avg_sq.KEY
 
+A weight that the model has in FP8 alone is stored as ever, KEY in BF16, but from the master:
+rounded once, and by each rank as much as it owns.
+
 Under the distributed optimizer a rank owns a run of consecutive elements of a parameter, which is
 no box in the whole tensor.  It is cut into a few boxes (the rest of a row, whole rows, the start of
 a row), and each is a shard of its own: every rank writes and reads just what it owns, and nothing
@@ -30,9 +33,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from litespark.fp8.primary import primary_spec
+
 MASTER = "fp32_param"
-_PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_WEIGHT = "weight"  # of the model, where it is stored from the master
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,7 @@ class _Owned:
 
 def optimizer_key(state: str, key: str) -> str:
     """Key of a parameter's state in the checkpoint."""
-    return f"{_PREFIX}{state}.{key}"
-
-
-def is_own(key: str) -> bool:
-    """Whether a tensor of a checkpoint is the optimizer's, and no weight."""
-    return key.startswith(_PREFIX)
+    return f"optimizer.{state}.{key}"
 
 
 def optimizer_tensors(
@@ -64,11 +64,13 @@ def optimizer_tensors(
 ) -> list[ShardedTensor]:
     """This rank's shards of the optimizer's state; loading fills them in place.
 
+    To save, also the shards of weights that the model has in FP8 alone.
+
     Args:
         model: the sharded state of the model's chunks, whose entries hold the parameters.
         optimizer: any of megatron-core's that Litespark builds.
         stored: keys of the checkpoint to load: one written in fp32 has no masters of its own, and
-            they are read from the weights.  None to save.
+            none are read.  None to save.
     """
     pieces = {}
     for entry in nested_values(model):
@@ -79,6 +81,9 @@ def optimizer_tensors(
         for piece in pieces[owned.parameter]:
             for name, state in owned.states.items():
                 shards += _shards(piece, owned, name, state, stored)
+            if stored is None and primary_spec(owned.parameter) is not None:
+                weight = owned.states[MASTER].to(torch.bfloat16)
+                shards += _shards(piece, owned, _WEIGHT, weight, stored)
     return shards
 
 
@@ -145,9 +150,9 @@ def _shards(
     first = int(piece.data.storage_offset() - owned.parameter.storage_offset())
     start = max(owned.start, first)
     stop = min(owned.stop, first + piece.data.numel())
-    key = optimizer_key(name, piece.key)
-    if stored is not None and name == MASTER and key not in stored:
-        key = piece.key
+    key = piece.key if name == _WEIGHT else optimizer_key(name, piece.key)
+    if name == MASTER and stored is not None and key not in stored:
+        return
     replica = piece.replica_id
     if owned.is_sole and isinstance(replica, tuple):
         replica = (*replica[:-1], 0)  # the last number counts data-parallel replicas
@@ -180,17 +185,29 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     return [each for each in nested_values(entry.build()) if isinstance(each, ShardedTensor)]
 
 
-def _adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+def owned_masters(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Every parameter that this rank updates a part of, the fp32 master of the part, and which
+    elements of this rank's parameter it stands for: from one number to before the other.
+    """
+    for each in _parts(optimizer):
+        yield from _masters(each)
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers that have parameters."""
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(each, "is_stub_optimizer", False):
-            yield each.optimizer
+            yield each
+
+
+def _adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    for each in _parts(optimizer):
+        yield each.optimizer
 
 
 def _owned(optimizer: MegatronOptimizer) -> Iterator[_Owned]:
     """Every part of a parameter that this rank updates, with its states."""
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(each, "is_stub_optimizer", False):
-            continue
+    for each in _parts(optimizer):
         is_sole = isinstance(each, DistributedOptimizer)
         for parameter, master, start, stop in _masters(each):
             state = each.optimizer.state[master]

@@ -20,7 +20,8 @@ FILE_NAME = "run_state.json"
 
 # What may differ between the model that was saved and the one that loads it.
 _NOT_SHAPE = {
-    *("preset", "backend", "attention", "init_std", "max_sequence_length"),
+    *("preset", "backend", "attention", "init_std", "max_sequence_length", "sliding_window"),
+    "family",
     "vocab_padding_multiple",  # what counts is the padded size, which is compared by itself
 }
 
@@ -30,8 +31,10 @@ class RunState:
     """Where a run stood when its checkpoint was written.
 
     `optimizer_step` counts the updates, which a guard may have let fall behind the steps;
-    `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far;
-    `bf16_layers` the layers, counted from 1, that the FP8 guard has moved to BF16.
+    `fp8_scales` holds, for each tensor with a delayed scale, its largest values so far, and the
+    scale of each weight that exists in FP8 alone; `bf16_layers` the layers, counted from 1, that
+    the FP8 guard has moved to BF16; `weights_only` says that there is no optimizer state, as after
+    an import.
     """
 
     format_version: int
@@ -48,6 +51,7 @@ class RunState:
     versions: dict[str, str]
     fp8_scales: dict[str, list[float]] = field(default_factory=dict)
     bf16_layers: list[int] = field(default_factory=list)
+    weights_only: bool = False
 
     @classmethod
     def of(
@@ -60,6 +64,7 @@ class RunState:
         optimizer_step: int | None = None,
         fp8_scales: dict[str, list[float]] | None = None,
         bf16_layers: list[int] | None = None,
+        weights_only: bool = False,
     ) -> RunState:
         """The state of a run at `step`."""
         return cls(
@@ -77,6 +82,7 @@ class RunState:
             versions=_versions(),
             fp8_scales=fp8_scales or {},
             bf16_layers=bf16_layers or [],
+            weights_only=weights_only,
         )
 
     def to_json(self) -> str:
@@ -123,17 +129,14 @@ def check_same_model(state: RunState, checkpoint: Path, model: ModelConfig) -> N
     Raises:
         UserError: names every key that differs, with both values.
     """
-    wanted = model.model_dump(mode="json")
-    errors = [
-        UserError(
-            f"model.{key} = {value}",
-            f"the checkpoint {checkpoint} was written with {state.model.get(key)}",
-            "Set it to the checkpoint's value, or start a new run in another run.output_dir.",
-        )
-        for key, value in wanted.items()
-        if key not in _NOT_SHAPE and state.model.get(key) != value
-    ]
-    rows = state.model_config().padded_vocab_size
+    saved = state.model_config()
+    errors = shape_differences(
+        model,
+        saved,
+        f"the checkpoint {checkpoint} was written with",
+        "Set it to the checkpoint's value, or start a new run in another run.output_dir.",
+    )
+    rows = saved.padded_vocab_size
     if model.padded_vocab_size != rows:
         errors.append(
             UserError(
@@ -145,6 +148,21 @@ def check_same_model(state: RunState, checkpoint: Path, model: ModelConfig) -> N
             )
         )
     raise_user_errors(errors)
+
+
+def shape_differences(
+    model: ModelConfig, other: ModelConfig, clause: str, fix: str
+) -> list[UserError]:
+    """One error for each key by which a model computes something else than `other`.
+
+    `clause` is followed by the value of `other`.
+    """
+    found = other.model_dump(mode="json")
+    return [
+        UserError(f"model.{key} = {value}", f"{clause} {found[key]}", fix)
+        for key, value in model.model_dump(mode="json").items()
+        if key not in _NOT_SHAPE and found[key] != value
+    ]
 
 
 def _versions() -> dict[str, str]:

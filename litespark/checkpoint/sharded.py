@@ -27,6 +27,7 @@ from litespark.checkpoint.folder import STATE
 from litespark.checkpoint.integrity import is_inside
 from litespark.checkpoint.optimizer_state import MASTER, optimizer_key, optimizer_tensors
 from litespark.errors import UserError
+from litespark.fp8.primary import primary_spec
 
 
 def bare_model(chunk: torch.nn.Module) -> Any:
@@ -48,12 +49,19 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Sharded state of this rank's model chunks, one entry a chunk."""
-    metadata = sharding_metadata()
-    return {
-        f"model{number}": bare_model(chunk).sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(chunks)
-    }
+    """Sharded state of this rank's model chunks, one entry a chunk; to load weights into.
+
+    In place of weights that exist in FP8 alone stand BF16 tensors, which are `pending` until the
+    optimizer's `reload_model_params` makes masters of them.
+    """
+    state = _parameters(chunks)
+    for chunk, entries in zip(chunks, state.values(), strict=True):
+        for name, entry in entries.items():
+            if _is_in_fp8(entry):
+                entries[name] = _with_data_of(entry, torch.bfloat16)
+                pending = bare_model(chunk).policy.primary.pending
+                pending[entry.data] = entries[name].data
+    return state
 
 
 def run_tensors(
@@ -63,22 +71,47 @@ def run_tensors(
 ) -> dict[str, Any]:
     """Sharded state of model and optimizer; `stored`: keys of the checkpoint to load, if any.
 
-    What is loaded from a checkpoint with fp32 masters into fp32 weights is the masters.
+    What is loaded from a checkpoint with fp32 masters into fp32 weights is the masters.  From one
+    without, written in fp32, its weights are loaded as fp32 tensors in place of other weights.
     """
-    state = model_state(chunks)
+    state = _parameters(chunks)
     shards = optimizer_tensors(state, optimizer, stored)
     if stored is not None:
-        dict_list_map_inplace(lambda entry: _from_master(entry, stored), state)
+        dict_list_map_inplace(lambda entry: _as_stored(entry, stored), state)
+    for chunk in state.values():
+        for name in [name for name, entry in chunk.items() if _is_in_fp8(entry)]:
+            del chunk[name]  # stored from its master, and made of it
     state["optimizer"] = dict(enumerate(shards))
     return state
 
 
-def _from_master(entry: Any, stored: set[str]) -> Any:
-    if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+def _parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The same with the parameters as they are."""
+    metadata = sharding_metadata()
+    return {
+        f"model{number}": bare_model(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _is_in_fp8(entry: Any) -> bool:
+    is_weight = isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+    return is_weight and entry.data is not None and primary_spec(entry.data) is not None
+
+
+def _with_data_of(entry: Any, dtype: torch.dtype) -> Any:
+    """The entry with a new tensor of another dtype in the parameter's place."""
+    data = torch.zeros_like(entry.data, dtype=dtype)
+    return replace(entry, data=data, **({"dtype": dtype} if hasattr(entry, "dtype") else {}))
+
+
+def _as_stored(entry: Any, stored: set[str]) -> Any:
+    if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or entry.data is None:
         return entry
     master = optimizer_key(MASTER, entry.key)
-    is_fp32 = entry.data is not None and entry.data.dtype == torch.float32
-    return replace(entry, key=master) if is_fp32 and master in stored else entry
+    if entry.data.dtype != torch.float32:
+        return entry if master in stored else _with_data_of(entry, torch.float32)
+    return replace(entry, key=master) if master in stored else entry
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:

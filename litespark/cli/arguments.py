@@ -62,6 +62,23 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --verify and --verify-text, of the commands that exchange with Hugging Face."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="then run text through both models, Litespark's and transformers' (extra hf), and "
+        "compare logits and loss; the result is verification.json beside the weights, and "
+        "another model is an error. Models beyond 4 GiB go layer by layer",
+    )
+    parser.add_argument(
+        "--verify-text",
+        metavar="FILE",
+        help="text for --verify, of which the first 256 tokens are taken (default: English from "
+        "Python's documentation)",
+    )
+
+
 def open_checkpoint(args: argparse.Namespace) -> Path:
     """The checkpoint that the arguments name, whole.
 

@@ -87,6 +87,18 @@ def add_parser(subparsers: Any) -> None:
         default=True,
         help="one more step under the profiler, for the breakdown (default: yes; needs a GPU)",
     )
+    add(
+        "--check-energy",
+        action="store_true",
+        help="poll the GPU's power beside its energy counter and compare: give it a minute",
+    )
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure the rates of this GPU for `litespark plan --gpu FILE`, and nothing else: "
+        "some minutes",
+    )
     add("--verbose", action="store_true", help="print the dearest 25 kernels and every message")
     add(
         "--compare",
@@ -124,6 +136,11 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
+    if args.calibrate is not None:
+        from litespark.cli.bench_calibrate import calibrate
+
+        calibrate(args.calibrate)
+        return ExitCode.DONE
     from litespark.cli.bench_peer import check_peer, run_peer
     from litespark.cli.bench_table import kernel_table, result_table
     from litespark.parallel.environment import world_size_from_environment
@@ -221,5 +238,6 @@ def _measure(args: argparse.Namespace, config: RunConfig, started: float) -> Rec
         profile=args.profile,
         reads_data=args.data is not None,
         process_started=started,
+        checks_energy=args.check_energy,
     )
     return run_benchmark(config, options)

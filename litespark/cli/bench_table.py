@@ -27,6 +27,12 @@ def result_table(result: Record) -> str:
     text = f"{_title(result)}\n\n{_aligned(rows[len(columns) == 1 :])}"
     if result.get("mfu_peak_tflops"):
         text += f"\nMFU: causal attention over {result['mfu_peak_tflops']:g} TFLOP/s (dense BF16)\n"
+    if result.get("energy_check"):
+        text += "\n" + (
+            "energy: {counter_joules:,.0f} J by the counter, "
+            "{integrated_joules:,.0f} +/- {uncertainty_joules:,.0f} J by {samples} samples of "
+            "power over {seconds:.1f} s: {percent_off:+.2f} %\n"
+        ).format(**result["energy_check"])
     if any(column.get("breakdown") for column in columns):
         text += f"\n{_aligned(list(_breakdown_rows(columns)))}"
     return text

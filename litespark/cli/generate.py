@@ -104,13 +104,15 @@ def run(args: argparse.Namespace) -> int:
 
     hide_gpu_packages()  # before anything imports megatron-core
     from litespark.checkpoint.run_state import RunState
+    from litespark.checkpoint.tokenizer import find_tokenizer
     from litespark.data.tokenizers import load_tokenizer
     from litespark.models.generate import Sampling, generate
     from litespark.training.single import load_model, single_process
 
     checkpoint = open_checkpoint(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    path = args.tokenizer or RunState.read(checkpoint).data.get("tokenizer")
+    named = RunState.read(checkpoint).data.get("tokenizer")
+    path = args.tokenizer or find_tokenizer(checkpoint, named)
     if path is None:
         raise UserError(
             str(checkpoint), "names no data.tokenizer", "Give one with --tokenizer PATH."

@@ -12,7 +12,10 @@ from litespark.cli.exits import run_command
 from litespark.utils.log import quiet_upstream, set_up_logging
 from litespark.version import __version__
 
-COMMANDS = ("preprocess", "data", "train", "export", "generate", "report", "bench")
+COMMANDS = (
+    *("preprocess", "data", "train", "export", "import", "generate", "report", "bench"),
+    *("plan", "doctor"),
+)
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -27,7 +30,8 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"litespark {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in commands:
-        import_module(f"litespark.cli.{command}").add_parser(subparsers)
+        module = "import_" if command == "import" else command  # a keyword
+        import_module(f"litespark.cli.{module}").add_parser(subparsers)
     return parser
 
 

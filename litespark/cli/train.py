@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from litespark.cli.arguments import add_command, add_config_arguments
+from litespark.cli.launching import (
+    add_launch_arguments,
+    add_restarts_argument,
+    check_restarts,
+    launch_options,
+    start,
+)
 from litespark.config.load import dump_config, load_config
 from litespark.config.schema import RunConfig
 from litespark.errors import ExitCode, UserError
@@ -25,6 +32,7 @@ examples:
   litespark train run.yaml --nproc 4 parallel.tensor=2 parallel.pipeline=2
   litespark train run.yaml --nproc 8 --dry-run optimizer.lr=3e-4
   litespark train run.yaml --nproc 8 --max-restarts 3
+  litespark train run.yaml --nproc 8 --nnodes 2 --rdzv-endpoint node0       (typed on both nodes)
   torchrun --nnodes 2 --nproc-per-node 8 ... -m litespark train run.yaml
 
 exit codes: 0 done, 2 the configuration or the data is wrong, 3 stopped by a signal after saving,
@@ -42,21 +50,8 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
     )
     add_config_arguments(parser)
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        metavar="N",
-        help="start N processes on this machine (default: one, in this process); under torchrun "
-        "the processes are there already and --nproc is not given",
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --nproc: after a fault (a lost rank, a hang) start again up to N times, from "
-        "the newest checkpoint (default: 0); under torchrun give it torchrun's --max-restarts",
-    )
+    add_launch_arguments(parser)
+    add_restarts_argument(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -67,8 +62,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from litespark.parallel.environment import world_size_from_environment
-    from litespark.training.launch import end_at_once_until_ready, launch
+    how = launch_options(args)
+    from litespark.training.launch import end_at_once_until_ready
     from litespark.training.preflight import preflight, remote_candidates
 
     end_at_once_until_ready()
@@ -77,40 +72,20 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         error.on_every_rank = True  # every process of a launcher reads the same file
         raise
-    launched_world_size = world_size_from_environment()
-    if args.nproc is not None and args.nproc < 1:
-        raise UserError(f"--nproc {args.nproc}", "is no number of processes", "Give 1 or more.")
-    if args.nproc is not None and launched_world_size is not None:
-        raise UserError(
-            f"--nproc {args.nproc}",
-            f"a launcher has started {launched_world_size} processes already (WORLD_SIZE is set)",
-            "Leave out --nproc under torchrun.",
-        )
-    if args.max_restarts < 0 or (args.max_restarts and launched_world_size is not None):
-        raise UserError(
-            f"--max-restarts {args.max_restarts}",
-            "is a number of restarts by this command, which starts the processes itself"
-            if launched_world_size is None
-            else "is for the launcher that has started this process",
-            "Give 0 or more." if launched_world_size is None else "Give it to torchrun.",
-        )
     if args.dry_run and os.environ.get("RANK", "0") != "0":
         return ExitCode.DONE  # the first rank speaks
-    world_size = launched_world_size or args.nproc or 1
-    if args.dry_run or launched_world_size is None:
+    if args.dry_run or not how.is_rank:
         # Mistakes are found here, where they cost a second and one message. The ranks of a
         # launcher check for themselves, and agree on what they found.
-        checked = preflight(config, world_size)
+        checked = preflight(config, how.world_size)
         remote = remote_candidates(config, checked.candidates)
         if args.dry_run:
-            return _show_plan(config, world_size, checked.checkpoint or next(iter(remote), None))
-        if world_size > 1 or args.max_restarts:
-            return launch(
-                world_size,
-                ["train", args.config, *args.overrides],
-                Path(config.run.output_dir),
-                max_restarts=args.max_restarts,
-            )
+            found = checked.checkpoint or next(iter(remote), None)
+            return _show_plan(config, how.world_size, found)
+        if how.starts_processes:
+            check_restarts(config, how)
+            folder = Path(config.run.output_dir)
+            return start(how, ["train", args.config, *args.overrides], folder)
     from litespark.parallel.device import hide_gpu_packages
 
     hide_gpu_packages()  # before anything imports megatron-core

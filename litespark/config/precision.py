@@ -26,6 +26,14 @@ class PrecisionConfig(Section):
         "of the tensor itself, also called current (tensorwise); or one for each tile of 128 "
         "(blockwise).",
     )
+    primary_weights: Literal["bf16", "fp8"] = Field(
+        default="bf16",
+        description="What the weights of FP8 linears exist in beside their fp32 masters: bf16, of "
+        "which FP8 copies are made once a step; or fp8 alone, which the optimizer writes: 2 bytes "
+        "a parameter less memory, and half the bytes for data-parallel ranks to gather. With fp8, "
+        "layers that the guard moves to BF16, and its comparisons, have weights rounded to FP8. "
+        "Under delayed and tensorwise, with model.backend=triton.",
+    )
     amax_history_steps: int = Field(
         default=16, ge=1, description="Optimizer steps that a delayed scale looks back on."
     )

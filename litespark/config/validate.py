@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from litespark.config.schema import PrecisionConfig, RunConfig
+from litespark.config.validate_model import check_model
 from litespark.config.validate_post_training import check_post_training
 from litespark.errors import UserError, raise_user_errors
 
@@ -23,7 +24,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
     """All mistakes of a configuration that is to run on `world_size` processes."""
     return [
         *_check_degrees(config, world_size),
-        *_check_model(config),
+        *check_model(config),
         *_check_backend(config),
         *_check_precision(config),
         *_check_fp8_options(config),
@@ -32,6 +33,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_lengths(config),
         *_check_documents(config),
         *_check_training(config),
+        *_check_exports(config),
         *_check_resilience(config),
         *check_post_training(config),
         *_check_stores(config),
@@ -81,52 +83,6 @@ def _check_degrees(config: RunConfig, world_size: int) -> Iterator[UserError]:
         )
 
 
-def _check_model(config: RunConfig) -> Iterator[UserError]:
-    model, tensor = config.model, config.parallel.tensor
-    if model.num_attention_heads % model.num_query_groups:
-        yield UserError(
-            f"model.num_query_groups = {model.num_query_groups}",
-            f"does not divide model.num_attention_heads = {model.num_attention_heads}",
-            "Give a divisor of the number of heads.",
-        )
-    scaling = model.rope_scaling
-    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
-        yield UserError(
-            f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor}",
-            f"is not above low_freq_factor = {scaling.low_freq_factor}",
-            "Llama 3 has 4 and 1.",
-        )
-    if model.head_dim % 2:
-        yield UserError(
-            f"model.head_dim = {model.head_dim}",
-            "is odd, and RoPE rotates pairs",
-            "Give an even head size.",
-        )
-    for name, value in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-    ):
-        if value % tensor:
-            yield UserError(
-                f"model.{name} = {value}",
-                f"is not divisible by parallel.tensor = {tensor}",
-                f"Choose a tensor-parallel size that divides {value}.",
-            )
-    if model.num_query_groups % tensor and tensor % model.num_query_groups:
-        yield UserError(
-            f"model.num_query_groups = {model.num_query_groups}",
-            f"neither divides parallel.tensor = {tensor} nor is divided by it",
-            "Choose a tensor-parallel size that divides it, or a multiple of it.",
-        )
-    if model.padded_vocab_size % tensor:
-        yield UserError(
-            f"model.vocab_size = {model.vocab_size}",
-            f"padded to {model.padded_vocab_size} it is not divisible by "
-            f"parallel.tensor = {tensor}",
-            f"Set model.vocab_padding_multiple to a multiple of {tensor}, e.g. 128.",
-        )
-
-
 def _check_backend(config: RunConfig) -> Iterator[UserError]:
     """What a backend can compute on no machine; the rest is found at the start of a run."""
     model, tensor = config.model, config.parallel.tensor
@@ -142,6 +98,13 @@ def _check_backend(config: RunConfig) -> Iterator[UserError]:
             "Set model.backend=auto, triton or te, or precision.mode=bf16.",
         )
     is_fused = model.backend == "triton" or (model.backend == "auto" and is_fp8)
+    for key, what in (("qkv_bias", "biases of QKV"), ("qk_norm", "norms of query and key")):
+        if getattr(model, key) and (is_fused or model.backend == "te"):
+            yield UserError(
+                f"model.{key} = true",
+                f"{what} are computed by model.backend = reference alone",
+                "Set model.backend=auto" + (" and precision.mode=bf16." if is_fp8 else "."),
+            )
     if is_fused and model.num_query_groups < tensor:
         yield UserError(
             f"model.num_query_groups = {model.num_query_groups}",
@@ -205,6 +168,7 @@ def _check_fp8_options(config: RunConfig) -> Iterator[UserError]:
     recipe = precision.recipe
     where = f"precision.recipe = {recipe}" + (" and model.backend = te" if is_te else "")
     options = (
+        ("primary_weights", recipe != "blockwise" and not is_te),
         ("margin", recipe == "delayed" or (recipe == "tensorwise" and not is_te)),
         ("fc1_output", precision.fc1_output != "fp8" or (recipe == "delayed" and not is_te)),
         ("fast_accumulation", recipe != "blockwise" and not is_te),
@@ -263,6 +227,14 @@ def _check_lengths(config: RunConfig) -> Iterator[UserError]:
             f"data.sequence_length = {length}",
             f"is above model.max_sequence_length = {config.model.max_sequence_length}",
             "Shorten the samples or raise the model's limit.",
+        )
+    window = config.model.sliding_window
+    if window is not None and length > window:
+        yield UserError(
+            f"data.sequence_length = {length}",
+            f"is above model.sliding_window = {window}, beyond which attention would have to "
+            "forget, and it is not computed so",
+            f"Give {window} or less.",
         )
     # Context parallelism gives each rank two chunks of the sequence so that causal work is even.
     divisor, factors = 1, []
@@ -340,6 +312,17 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"training.eval_every = {training.eval_every}",
             "evaluates, and data.split leaves nothing for validation",
             "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
+
+
+def _check_exports(config: RunConfig) -> Iterator[UserError]:
+    every, saved = config.checkpoint.export_hf_every, config.training.save_every
+    if every is not None and (saved is None or every % saved):
+        yield UserError(
+            f"checkpoint.export_hf_every = {every}",
+            "exports checkpoints, and is no multiple of training.save_every = "
+            f"{'null' if saved is None else saved}",
+            f"Set training.save_every={every}, or a divisor of it.",
         )
 
 

@@ -13,6 +13,7 @@ def check_post_training(config: RunConfig) -> Iterator[UserError]:
     """Yield what is wrong with a run's post-training."""
     yield from _check_lora(config)
     yield from _check_adapters_off(config)
+    yield from _check_fp8_weights(config)
     if config.task == "pretrain":
         yield from _check_no_options(config)
         return
@@ -65,6 +66,21 @@ def _check_adapters_off(config: RunConfig) -> Iterator[UserError]:
             "would gather the weights of the next step for the reference",
             "Set parallel.overlap_param_gather=false, or dpo.reference=precomputed.",
         )
+
+
+def _check_fp8_weights(config: RunConfig) -> Iterator[UserError]:
+    """Weights that exist in FP8 alone can be neither added to nor copied."""
+    precision = config.precision
+    if precision.mode != "fp8" or precision.primary_weights != "fp8":
+        return
+    copies = config.task == "dpo" and config.dpo.reference == "frozen"
+    for what, asked in (("lora", config.lora is not None), ("dpo.reference = frozen", copies)):
+        if asked:
+            yield UserError(
+                f"precision.primary_weights = fp8 with {what}",
+                "is not supported: it takes weights in BF16",
+                "Set precision.primary_weights=bf16.",
+            )
 
 
 def _check_no_options(config: RunConfig) -> Iterator[UserError]:

@@ -31,6 +31,10 @@ _COMPANION_NAMES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
 )
 _USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")

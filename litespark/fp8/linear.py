@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from litespark.fp8.primary import dequantized, primary_spec
 from litespark.fp8.scaling import Point, Scaling
 from litespark.ops.blockwise import (
     BlockScaledMatrix,
@@ -28,7 +29,7 @@ from litespark.ops.products import (
     product,
     weight_gradient_added,
 )
-from litespark.ops.quantize import current_scale, quantize, raise_amax
+from litespark.ops.quantize import current_scale, quantize, raise_amax, transpose
 from litespark.ops.weight_gradient import added_to_main_grad, main_grad_of
 
 Operand = Tensor | Fp8Matrix | BlockScaledMatrix
@@ -82,7 +83,11 @@ def as_matrix(values: Tensor) -> Tensor:
 
 
 class HighPrecision:
-    """BF16 or fp32: the operands are the tensors themselves."""
+    """BF16 or fp32: the operands are the tensors themselves.
+
+    A weight that exists in FP8 alone is made BF16 again for each product: what its rounding took
+    away stays away.
+    """
 
     def refresh(self, weight_nk: Tensor) -> None:
         """Nothing is derived from the weight."""
@@ -106,7 +111,7 @@ class HighPrecision:
     def forward(self, x: Operand, weight_nk: Tensor, add_mn: Tensor | None = None) -> Tensor:
         """x w^T (+ add), [m, n]."""
         assert isinstance(x, Tensor)
-        return product(x, weight_nk, add_mn)
+        return product(x, dequantized(weight_nk), add_mn)
 
     def forward_quantized(self, x: Operand, weight_nk: Tensor, spec: QuantizeSpec) -> Fp8Matrix:
         """x w^T computed as ever, then written in FP8."""
@@ -115,7 +120,7 @@ class HighPrecision:
     def input_gradient(self, dy: Operand, weight_nk: Tensor) -> Tensor:
         """dy w, [m, k]."""
         assert isinstance(dy, Tensor)
-        return product(dy, weight_nk.t())
+        return product(dy, dequantized(weight_nk).t())
 
     def weight_gradient(self, dy: Operand, x: Operand, weight_nk: Tensor) -> Tensor:
         """dy^T x, accumulated in fp32."""
@@ -131,7 +136,8 @@ class HighPrecision:
 class ScaledFp8:
     """FP8 with one scale a tensor, delayed or current: E4M3 forward, E5M2 for gradients.
 
-    The weight always has the scale of its own largest value, which costs one pass a step.
+    The weight has the scale of its own largest value, which costs one pass a step; one that exists
+    in FP8 alone has its scale already (`primary.py`), and lacks the transpose only.
 
     Args:
         scaling: where the points live.
@@ -148,7 +154,12 @@ class ScaledFp8:
     def refresh(self, weight_nk: Tensor) -> None:
         """Quantise the weight, both ways round."""
         self._weight = None  # free the old one first
-        self._weight = current_fp8(weight_nk.detach())
+        spec = primary_spec(weight_nk)
+        if spec is None:
+            self._weight = current_fp8(weight_nk.detach())
+            return
+        rows_nk = weight_nk.detach()
+        self._weight = Fp8Matrix(rows_nk, transpose(rows_nk), spec.scale_inv)
 
     def input_point(self) -> Point | None:
         """The input's scale."""
@@ -178,7 +189,7 @@ class ScaledFp8:
             x.scale_inv,
             weight.scale_inv,
             add_mn=add_mn,
-            out_dtype=weight_nk.dtype,
+            out_dtype=_product_dtype(weight_nk),
             fast_accumulate=True,
         )
 
@@ -201,7 +212,7 @@ class ScaledFp8:
             weight.columns_km,
             dy.scale_inv,
             weight.scale_inv,
-            out_dtype=weight_nk.dtype,
+            out_dtype=_product_dtype(weight_nk),
             fast_accumulate=self._fast_gradients,
         )
 
@@ -214,7 +225,7 @@ class ScaledFp8:
         operands = (dy.columns_km, x.columns_km, dy.scale_inv, x.scale_inv)
         main_grad, fast = main_grad_of(weight_nk), self._fast_gradients
         if main_grad is None:
-            return fp8_product(*operands, out_dtype=weight_nk.dtype, fast_accumulate=fast)
+            return fp8_product(*operands, out_dtype=_product_dtype(weight_nk), fast_accumulate=fast)
         fp8_product_added(*operands, main_grad, fast_accumulate=fast)
         return added_to_main_grad(weight_nk)
 
@@ -280,6 +291,11 @@ class BlockwiseFp8:
             return product_nk.to(weight_nk.dtype)
         main_grad.add_(product_nk)
         return added_to_main_grad(weight_nk)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What products with a weight come out in: its own format, BF16 where that is FP8."""
+    return torch.bfloat16 if primary_spec(weight) is not None else weight.dtype
 
 
 def current_fp8(values: Tensor) -> Fp8Matrix:

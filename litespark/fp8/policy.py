@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from litespark.config.schema import PrecisionConfig
 from litespark.fp8.linear import BlockwiseFp8, HighPrecision, LinearFormat, ScaledFp8
+from litespark.fp8.primary import PrimaryWeights
 from litespark.fp8.scaling import Point, Scaling
 from litespark.ops.formats import E4M3
 
@@ -48,6 +49,7 @@ class PrecisionPolicy:
         self.weights_version = 0  # what is derived from weights is as old as they were
         self.moved_layers: set[int] = set()  # in BF16 by the guard's decision
         self.scaling: Scaling | None = None
+        self.primary: PrimaryWeights | None = None  # weights that exist in FP8 alone, if any do
         if precision.mode == "fp8" and precision.recipe != "blockwise":
             self.scaling = Scaling(
                 delayed=precision.recipe == "delayed",
@@ -103,13 +105,16 @@ class PrecisionPolicy:
         return nullcontext() if self.scaling is None else self.scaling.unrecorded()
 
     def state(self) -> dict[str, list[float]]:
-        """What checkpoints keep of the scales; see `Scaling.state`."""
-        return {} if self.scaling is None else self.scaling.state()
+        """What checkpoints keep of the scales; see `Scaling.state` and `PrimaryWeights.state`."""
+        scales = {} if self.scaling is None else self.scaling.state()
+        return scales if self.primary is None else scales | self.primary.state()
 
     def load_state(self, state: dict[str, list[float]]) -> None:
         """Restore the scales; those of other layers than this rank's are ignored."""
         if self.scaling is not None:
             self.scaling.load_state(state)
+        if self.primary is not None:
+            self.primary.load_state(state)
 
 
 def high_precision_formats() -> LayerFormats:

@@ -83,11 +83,15 @@ def matrix_parameters(shape: TransformerShape) -> int:
     return _parameters_of_layers(shape) + shape.vocab_size * shape.hidden_size
 
 
-def total_parameters(shape: TransformerShape, tie_embeddings: bool) -> int:
-    """All parameters of the model: matrices, embedding (once when tied to the LM head), norms."""
+def total_parameters(
+    shape: TransformerShape, tie_embeddings: bool, qkv_bias: bool = False, qk_norm: bool = False
+) -> int:
+    """All parameters: matrices, embedding (once when tied to the LM head), norms, biases."""
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     embeddings = (1 if tie_embeddings else 2) * shape.vocab_size * shape.hidden_size
-    return _parameters_of_layers(shape) + embeddings + norms
+    qkv_size = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_dim
+    of_a_layer = qkv_bias * qkv_size + qk_norm * 2 * shape.head_dim
+    return _parameters_of_layers(shape) + embeddings + norms + shape.num_layers * of_a_layer
 
 
 def flops_per_token(shape: TransformerShape, sequence_length: float, causal: bool) -> float:

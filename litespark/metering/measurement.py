@@ -25,6 +25,7 @@ import torch
 from litespark.metering.energy import EnergyMeter
 from litespark.metering.flops import TransformerShape, flops_per_token, mfu, tflops
 from litespark.metering.gpu_peaks import Precision, check_below_peak, peak_for_device
+from litespark.metering.power import PowerIntegral, PowerPoller
 from litespark.parallel.device import cudnn_version
 from litespark.parallel.groups import gather_objects
 
@@ -39,11 +40,15 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each timed step, of all together, and joules over them (None: not measured)."""
+    """Seconds of each timed step, of all together, and joules over them (None: not measured).
+
+    `integral` is the polled power over the same time, where that was asked for.
+    """
 
     step_seconds: list[float]
     region_seconds: float
     joules: float | None
+    integral: PowerIntegral | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,15 @@ def time_steps(
     count: int,
     synchronize: Callable[[], None],
     energy: EnergyMeter,
+    *,
+    polls_power: bool = False,
 ) -> Timing:
     """Run `step` `count` times, waiting for the device after each."""
     synchronize()
     step_seconds = []
+    poller = PowerPoller(energy.read_watts) if polls_power else None
+    if poller is not None:
+        poller.start()
     joules_before = energy.read_joules()
     region_started = time.perf_counter()
     for _ in range(count):
@@ -81,9 +91,10 @@ def time_steps(
         step_seconds.append(time.perf_counter() - started)
     region_seconds = time.perf_counter() - region_started
     joules_after = energy.read_joules()
+    integral = None if poller is None else poller.stop()
     if joules_before is None or joules_after is None:
-        return Timing(step_seconds, region_seconds, None)
-    return Timing(step_seconds, region_seconds, joules_after - joules_before)
+        return Timing(step_seconds, region_seconds, None, integral)
+    return Timing(step_seconds, region_seconds, joules_after - joules_before, integral)
 
 
 def over_ranks(timing: Timing) -> Timing:
@@ -124,6 +135,21 @@ def figures(work: Work, timing: Timing) -> Record:
         **_per_gpu(work, tokens_per_second / work.gpus),
         "joules_per_1000_tokens": None if joules is None else 1000 * joules / tokens,
         "watts_per_gpu": None if joules is None else joules / timing.region_seconds / work.gpus,
+    }
+
+
+def energy_check(timing: Timing) -> Record | None:
+    """The counter of one GPU beside the integral of its power; None where either is missing."""
+    integral = timing.integral
+    if integral is None or timing.joules is None:
+        return None
+    return {
+        "seconds": integral.seconds,
+        "samples": integral.samples,
+        "counter_joules": timing.joules,
+        "integrated_joules": integral.joules,
+        "uncertainty_joules": integral.uncertainty_joules,
+        "percent_off": 100 * (integral.joules / timing.joules - 1) if timing.joules else None,
     }
 
 

@@ -160,7 +160,8 @@ def _subtitle(run: RunLog) -> str:
     known = [size for size in sizes if isinstance(size, int) and 0 < size <= _LARGEST_SIZE]
     if len(known) == len(sizes):
         shape = _Shape(*known)
-        parameters = total_parameters(shape, bool(model.get("tie_embeddings")))
+        options = (bool(model.get(key)) for key in ("tie_embeddings", "qkv_bias", "qk_norm"))
+        parameters = total_parameters(shape, *options)
         parts.append(f"{large_count(parameters)} parameters")
         length = _section(run, "data").get("sequence_length")
         if isinstance(length, int) and 0 < length <= _LARGEST_SIZE:

@@ -44,6 +44,7 @@ class Backend(LocalSpecProvider):
 
     def __init__(self, config: RunConfig) -> None:
         self.policy = PrecisionPolicy(config.precision, config.model.num_layers)
+        self.has_head_norm = config.model.qk_norm
         named = config.model.attention
         self.attention: str | None = None if named == "auto" else named
         self.lora = config.lora
@@ -86,8 +87,12 @@ class Backend(LocalSpecProvider):
         return with_adapters(AdaptedRowParallelLinear, self.lora)
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """The norm of every norm slot; a Llama has no other than RMSNorm."""
+        """The norm of every norm slot; there is no other than RMSNorm."""
         return RMSNorm
+
+    def head_norm(self) -> type:
+        """The norm of each head's query and key; most models have none."""
+        return self.layer_norm(rms_norm=True, for_qk=True) if self.has_head_norm else IdentityOp
 
     def core_attention(self) -> type:
         """Softmax attention between the QKV and the output projection."""
@@ -112,6 +117,9 @@ class TritonBackend(Backend):
                 f"splits key/value heads over tensor-parallel ranks, and there are "
                 f"{config.model.num_query_groups} for {config.parallel.tensor}"
             )
+        lacking = _beyond_llama(config)
+        if lacking is not None:
+            return lacking
         if not torch.cuda.is_available():
             return None
         needed = (8, 9) if config.precision.mode == "fp8" else (8, 0)
@@ -176,7 +184,7 @@ class TransformerEngineBackend(Backend):
             return "needs a CUDA device"
         if importlib.util.find_spec("transformer_engine") is None:
             return "needs Transformer Engine: pip install 'litespark[te]'"
-        return None
+        return _beyond_llama(config)
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
@@ -205,6 +213,13 @@ class TransformerEngineBackend(Backend):
     def core_attention(self) -> type:
         """cuDNN's or FlashAttention's, as Transformer Engine chooses."""
         return self.provider.core_attention()
+
+
+def _beyond_llama(config: RunConfig) -> str | None:
+    """What only the reference computes: the parts of Qwen's attention that Llama's lacks."""
+    if config.model.qkv_bias:
+        return "computes no QKV bias (model.qkv_bias)"
+    return "computes no QK-norm (model.qk_norm)" if config.model.qk_norm else None
 
 
 BACKENDS: dict[str, type[Backend]] = {

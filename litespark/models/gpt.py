@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from litespark.config.schema import ModelConfig, RopeScalingConfig
+from litespark.config.model import ModelConfig, RopeScalingConfig
 from litespark.models.backends import Backend
 from litespark.modules.parameter_hooks import run_forward_pre_hooks
 from litespark.ops.linear_cross_entropy import VocabularyShard, linear_cross_entropy
@@ -54,7 +54,7 @@ class GPT(GPTModel):
             config=config,
             transformer_layer_spec=block,  # type: ignore[arg-type] - a block is taken as well
             vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.max_sequence_length,
+            max_sequence_length=model.longest_exact_sequence,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=model.tie_embeddings,

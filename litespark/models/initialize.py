@@ -24,8 +24,8 @@ from litespark.parallel.rng import named_generator
 def initialize_weights(chunks: Sequence[GPT], seed: int) -> None:
     """Fill every parameter of this rank's chunks in place.
 
-    Norm weights are 1; matrices are normal with `init_method_std`, divided by sqrt(2 layers) for
-    the two projections that write into the residual stream (GPT-2, section 2.3).
+    Norm weights are 1, biases 0; matrices are normal with `init_method_std`, divided by
+    sqrt(2 layers) for the two projections that write into the residual stream (GPT-2, section 2.3).
 
     Raises:
         LitesparkError: a parameter whose rule is unknown.
@@ -51,6 +51,9 @@ def _fill(chunk: GPT, name: str, parameter: torch.nn.Parameter, seed: int) -> No
     config = chunk.config
     if name.endswith(("norm.weight", "layer_norm_weight")) and parameter.dim() == 1:
         parameter.fill_(1.0)
+        return
+    if name.endswith("linear_qkv.bias"):
+        parameter.zero_()
         return
     if parameter.dim() != 2:
         raise LitesparkError(f"no rule for the initial value of {name} {tuple(parameter.shape)}")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -28,6 +27,7 @@ from litespark.models.backends import Backend
 def layer_spec(backend: Backend) -> ModuleSpec:
     """One Llama layer: norm, attention, residual, norm, SwiGLU, residual."""
     norm, normed_linear = backend.normed_linear()
+    head_norm = backend.head_norm()
     attention = ModuleSpec(
         module=backend.self_attention(),
         params={"attn_mask_type": AttnMaskType.causal},
@@ -37,8 +37,8 @@ def layer_spec(backend: Backend) -> ModuleSpec:
                 module=backend.core_attention(), params=backend.core_attention_arguments()
             ),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
@@ -86,6 +86,7 @@ def slot_table(backend: Backend) -> Iterator[tuple[str, str]]:
     norm, normed_linear = backend.normed_linear()
     yield "input_layernorm, pre_mlp_layernorm", norm.__name__
     yield "linear_qkv, linear_fc1", normed_linear.__name__
+    yield "q_layernorm, k_layernorm", backend.head_norm().__name__
     yield "core_attention", backend.core_attention().__name__
     yield "linear_proj, linear_fc2", backend.row_parallel_linear().__name__
     yield "final_layernorm", backend.layer_norm(rms_norm=True).__name__

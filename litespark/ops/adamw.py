@@ -6,12 +6,13 @@ With gradient g, moments m and v, fp32 master weight p, and step t counted from 
     m  = m + (1 - beta1) (g - m)
     v  = beta2 v + (1 - beta2) g^2
     p  = p (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + epsilon)
-    weight = bf16(p)                             what the model computes with
+    weight = bf16(p), or saturate(p * scale)     what the model computes with
 
 As separate passes, clipping reads and writes the gradients and the copy into the model reads the
 masters again: 42 bytes per element.  Here an element is read (p, g, m, v: 16 bytes) and written
-(p, m, v, weight: 14 bytes) once: 30.  The clipping factor is read from device memory, so that the
-host can queue the update without waiting for the gradients' norm.
+(p, m, v, weight: 14 bytes) once: 30, and 29 with a weight in FP8, whose largest value is found on
+the way.  The clipping factor is read from device memory, so that the host can queue the update
+without waiting for the gradients' norm.
 
 All other factors are computed on the host in fp64, as torch does, and handed over as fp32 numbers
 (the kernel's annotations say so); Triton does not specialise on those, so that a new learning rate
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from litespark.errors import LitesparkError
 from litespark.ops.dispatch import LaunchConfig, runs_kernel, tl, triton
+from litespark.ops.formats import FP8_MAX, QuantizeSpec, saturate
+from litespark.ops.quantize import raise_to_largest, to_fp8
 
 # `block_n` elements a program; there are no rows.  With four elements a thread every fp32 access is
 # 16 bytes wide and a warp's neighbours follow each other; with eight the bf16 store is as wide too,
@@ -82,6 +85,7 @@ def adamw_step_reference(
     options: AdamWOptions,
     *,
     weight: Tensor | None = None,
+    quantize: QuantizeSpec | None = None,
     multiplier: Tensor | None = None,
 ) -> None:
     """The step in plain torch, as `adamw_step` describes it; leaves `grad` as it is."""
@@ -94,7 +98,7 @@ def adamw_step_reference(
     denominator = (exp_avg_sq.sqrt() / options.root_correction).add_(options.epsilon)
     master.addcdiv_(exp_avg, denominator, value=-options.step_size)
     if weight is not None:
-        weight.copy_(master)
+        weight.copy_(master if quantize is None else saturate(master, quantize))
 
 
 @triton.jit
@@ -105,6 +109,8 @@ def _adamw_kernel(
     exp_avg_sq_ptr,
     weight_ptr,
     multiplier_ptr,
+    scale_ptr,
+    amax_ptr,
     numel,  # may exceed 32 bits, which the annotation `int` would mean
     kept: float,
     one_minus_beta1: float,
@@ -115,6 +121,8 @@ def _adamw_kernel(
     epsilon: float,
     HAS_WEIGHT: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     offsets_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +141,11 @@ def _adamw_kernel(
     tl.store(exp_avg_sq_ptr + offsets_n, exp_avg_sq_n, mask=inside_n)
     tl.store(master_ptr + offsets_n, master_n, mask=inside_n)
     if HAS_WEIGHT:
-        weight_n = master_n.to(weight_ptr.dtype.element_ty)
+        if QUANTIZES:
+            raise_to_largest(amax_ptr, tl.where(inside_n, master_n, 0.0))
+            weight_n = to_fp8(master_n, tl.load(scale_ptr), LIMIT, weight_ptr.dtype.element_ty)
+        else:
+            weight_n = master_n.to(weight_ptr.dtype.element_ty)
         tl.store(weight_ptr + offsets_n, weight_n, mask=inside_n)
 
 
@@ -145,6 +157,7 @@ def adamw_step(
     options: AdamWOptions,
     *,
     weight: Tensor | None = None,
+    quantize: QuantizeSpec | None = None,
     multiplier: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
@@ -158,16 +171,23 @@ def adamw_step(
         options: learning rate and the like, and which step this is.
         weight: bf16 (or any float dtype), of the master's shape, contiguous; receives the new
             master, rounded to nearest.
+        quantize: of a weight in FP8: its scale, which is read, and `amax`, which is raised to the
+            largest |master| of the new values.
         multiplier: fp32 [1] on the master's device; gradients count times this number.
         config: how the kernel is launched.
 
     Raises:
-        LitesparkError: a tensor of another shape or dtype, or that is not contiguous.
+        LitesparkError: a tensor of another shape or dtype, or that is not contiguous; a weight in
+            FP8 without its scale, or one of another format with a scale.
     """
     _check(master, grad, exp_avg, exp_avg_sq, weight)
+    _check_format(weight, quantize)
     if not runs_kernel(master):
         adamw_step_reference(
-            *(master, grad, exp_avg, exp_avg_sq, options), weight=weight, multiplier=multiplier
+            *(master, grad, exp_avg, exp_avg_sq, options),
+            weight=weight,
+            quantize=quantize,
+            multiplier=multiplier,
         )
         return
     config = config or DEFAULT
@@ -179,6 +199,8 @@ def adamw_step(
         exp_avg_sq,
         master if weight is None else weight,
         master if multiplier is None else multiplier,
+        master if quantize is None else quantize.scale,
+        master if quantize is None else quantize.amax,
         master.numel(),
         options.kept,
         1.0 - beta1,
@@ -189,6 +211,8 @@ def adamw_step(
         options.epsilon,
         HAS_WEIGHT=weight is not None,
         HAS_MULTIPLIER=multiplier is not None,
+        QUANTIZES=quantize is not None,
+        LIMIT=0.0 if quantize is None else FP8_MAX[quantize.dtype],
         BLOCK=config.block_n,
         num_warps=config.num_warps,  # pyright: ignore[reportCallIssue] - Triton's own
         num_stages=config.num_stages,  # pyright: ignore[reportCallIssue]
@@ -214,3 +238,14 @@ def _check(master: Tensor, *others: Tensor | None) -> None:
                 f"weight; number {index} is {tensor.dtype} {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}, the master is {tuple(master.shape)}"
             )
+
+
+def _check_format(weight: Tensor | None, quantize: QuantizeSpec | None) -> None:
+    """FP8 without a scale would be rounded as it is: mostly to zero."""
+    found = None if weight is None or weight.dtype not in FP8_MAX else weight.dtype
+    wanted = None if quantize is None else quantize.dtype
+    if found != wanted:
+        raise LitesparkError(
+            f"a weight in FP8, and no other, has a scale of its format; the weight is "
+            f"{None if weight is None else weight.dtype}, the scale is of {wanted}"
+        )

@@ -18,6 +18,13 @@ from litespark.parallel.environment import (
     integer_from_environment,
     world_size_from_environment,
 )
+from litespark.utils.network import (
+    address_towards,
+    interface_of,
+    is_loopback,
+    outward_address,
+    resolve,
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,26 @@ def start_process_group(timeout_seconds: float) -> Process:
             "Start fewer processes, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
         )
     device = select_device(local_rank, local_world_size)
+    if local_world_size < world_size:
+        choose_interface()
     dist.init_process_group(device.distributed_backend, timeout=timedelta(seconds=timeout_seconds))
     return Process(rank, world_size, local_rank, local_world_size, device)
+
+
+def choose_interface() -> None:
+    """Have gloo listen on the interface that leads to the first rank; `GLOO_SOCKET_IFNAME` wins.
+
+    gloo would take the address that this machine's own name resolves to, which Debian's /etc/hosts
+    makes 127.0.1.1: no other machine gets there.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = address_towards(resolve(os.environ["MASTER_ADDR"]))
+    if is_loopback(address):  # what the first rank's machine calls itself
+        address = outward_address()
+    interface = None if address is None else interface_of(address)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def start_model_parallel(parallel: ParallelConfig, timeout_seconds: float) -> None:

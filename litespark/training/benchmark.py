@@ -27,6 +27,7 @@ from litespark.metering.flops import total_parameters
 from litespark.metering.measurement import (
     Record,
     Work,
+    energy_check,
     figures,
     over_ranks,
     software,
@@ -48,7 +49,8 @@ class BenchmarkOptions:
     """How to measure: warm-up steps (1 or more), timed steps, and what beside them.
 
     `reads_data` says that the configuration's blend is read; otherwise tokens are random.
-    `process_started` is the time, in seconds since the epoch, from which the cold start counts.
+    `checks_energy` polls the first GPU's power beside its counter.  `process_started` is the time,
+    in seconds since the epoch, from which the cold start counts.
     """
 
     warmup: int
@@ -56,6 +58,7 @@ class BenchmarkOptions:
     profile: bool
     reads_data: bool
     process_started: float
+    checks_energy: bool = False
 
 
 class RandomBatches:
@@ -152,7 +155,13 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
         nonlocal outcome
         outcome = train_step(run)
 
-    timing = time_steps(step, options.steps, device.synchronize, EnergyMeter())
+    timing = time_steps(
+        step,
+        options.steps,
+        device.synchronize,
+        EnergyMeter(),
+        polls_power=options.checks_energy and run.process.is_first,
+    )
     peak_bytes_of_ranks = gather_objects(peak_memory_bytes(device.type))
     loss = mean_loss(outcome.loss_and_tokens)
     squared_tokens = math.fsum(gather_objects(run.timings.squared_document_tokens))
@@ -168,6 +177,7 @@ def _measure(run: TrainingRun, options: BenchmarkOptions) -> Record:
     return {
         **_description(run, options),
         **figures(work, over_ranks(timing)),
+        "energy_check": energy_check(timing),
         "peak_memory_gib": max(peak_bytes_of_ranks) / _GIBIBYTE,
         "peak_memory_gib_of_ranks": [peak / _GIBIBYTE for peak in peak_bytes_of_ranks],
         "loss": loss if math.isfinite(loss) else None,  # NaN is no JSON
@@ -204,7 +214,7 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
                 *("num_query_groups", "head_dim", "vocab_size"),
             )
         },
-        "parameters": total_parameters(model, model.tie_embeddings),
+        "parameters": total_parameters(model, model.tie_embeddings, model.qkv_bias, model.qk_norm),
         "precision": config.precision.model_dump(mode="json"),
         "backend": model.backend,
         "modules": _modules(run),
@@ -215,6 +225,8 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
         "tokens": "data" if options.reads_data else "random",
         "document_mask": config.data.document_mask,
         "task": config.task,
+        "recompute": config.training.recompute,
+        "attention": model.attention,
         "warmup": options.warmup,
         "device": run.process.device.name,
         "gpus": run.process.world_size,

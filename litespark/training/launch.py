@@ -36,10 +36,10 @@ def launch(
     while True:
         started = time.time()
         code, reason = _launch_once(num_processes, arguments, events)
-        hangs = code == ExitCode.ENDED_BY_GUARD and _ended_with("hang", events, started)
-        is_fault = code == ExitCode.FAILED or hangs
         if reason:
             sys.stderr.write(f"litespark: error: {reason}\n")
+        hangs = code == ExitCode.ENDED_BY_GUARD and ended_with("hang", events, started)
+        is_fault = code == ExitCode.FAILED or hangs
         if not is_fault or restarts == max_restarts:
             return code
         restarts += 1
@@ -52,16 +52,11 @@ def launch(
 def _launch_once(num_processes: int, arguments: Sequence[str], events: Path) -> tuple[int, str]:
     """The exit code, and what to say of it where no rank could."""
     started = time.time()
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE_SECONDS)
-    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Each rank says what went wrong itself; the agent's own log would bury it.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+    prepare_agent()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -71,26 +66,46 @@ def _launch_once(num_processes: int, arguments: Sequence[str], events: Path) -> 
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in SIGNALS),
+        signals_to_handle=os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"],
     )
     try:
         elastic_launch(config, sys.executable)("-m", "litespark", *arguments)
     except ChildFailedError as error:
-        if _ended_with("hang", events, started):
+        if ended_with("hang", events, started):
             return ExitCode.ENDED_BY_GUARD, ""
         rank, failure = error.get_first_failure()
         if failure.exitcode not in set(ExitCode):
-            return ExitCode.FAILED, f"rank {rank} {_how_it_ended(failure.exitcode)}"
+            return ExitCode.FAILED, f"rank {rank} {how_it_ended(failure.exitcode)}"
         return failure.exitcode, ""
     except SignalException as error:
-        if _ended_with("stopped", events, started):
-            return ExitCode.STOPPED_BY_SIGNAL, ""
-        name = signal.Signals(error.sigval).name
-        return 128 + error.sigval, f"ended by {name} before a state was saved"
+        return code_after_signal(error.sigval, events, started), ""
     return ExitCode.DONE, ""
 
 
-def _how_it_ended(exit_code: int) -> str:
+def prepare_agent() -> None:
+    """Set what torch's agent reads from the environment, and silence its own log.
+
+    Each rank says what went wrong itself; the agent's log would bury it.
+    """
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE_SECONDS)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in SIGNALS)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def code_after_signal(number: int, events: Path, started: float) -> int:
+    """The exit code after a signal was passed on to the ranks: did they save?"""
+    if ended_with("stopped", events, started):
+        return ExitCode.STOPPED_BY_SIGNAL
+    name = signal.Signals(number).name
+    sys.stderr.write(f"litespark: error: ended by {name} before a state was saved\n")
+    return 128 + number
+
+
+def how_it_ended(exit_code: int) -> str:
+    """An exit code, or the signal that it stands for, in words."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
@@ -98,7 +113,7 @@ def _how_it_ended(exit_code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
-def _ended_with(event: str, events: Path, started: float) -> bool:
+def ended_with(event: str, events: Path, started: float) -> bool:
     """Whether the last thing that the run wrote since then is this event."""
     try:
         last = json.loads(events.read_text(encoding="utf-8").splitlines()[-1])

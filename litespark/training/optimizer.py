@@ -10,6 +10,9 @@ How it plugs in: megatron-core builds its optimizers as always; before any state
 inside each of them is replaced by `FusedAdamW` over the same groups, and the chain of optimizers
 by `FusedOptimizer`, whose `step` differs in the norm and the clipping alone.
 
+Weights that exist in FP8 alone (`litespark/fp8/primary.py`) are written by that kernel too, and by
+no other step than the fused one, which on a CPU computes through its reference.
+
 Adams differ in where they count steps: torch's in the state of each parameter, `FusedAdamW` and
 Transformer Engine's in the group.  Checkpoints hold one count (`checkpoint/optimizer_state.py`).
 """
@@ -17,11 +20,13 @@ Transformer Engine's in the group.  Checkpoints hold one count (`checkpoint/opti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     ChainedOptimizer,
@@ -37,8 +42,13 @@ from megatron.core.optimizer.optimizer import (
 )
 from torch import Tensor
 
+from litespark.checkpoint.optimizer_state import owned_masters
+from litespark.checkpoint.sharded import bare_model
 from litespark.config.schema import RunConfig
+from litespark.errors import LitesparkError
+from litespark.fp8.primary import PrimaryWeights, dequantized, primary_spec
 from litespark.ops.adamw import AdamWOptions, adamw_step
+from litespark.ops.formats import QuantizeSpec
 from litespark.ops.global_norm import sum_of_squares
 
 
@@ -48,8 +58,11 @@ def build_optimizer(
     """megatron-core's optimizer of all chunks; all ranks call it together.
 
     `fused` says whether to use the fused step, which elsewhere than on a GPU computes through its
-    reference; None is the choice for training: on a GPU yes, else torch's or whichever Adam
-    megatron-core finds.
+    reference; None is the choice for training: on a GPU and with weights in FP8 yes, else torch's
+    or whichever Adam megatron-core finds.
+
+    Raises:
+        LitesparkError: `fused` is false, and there are weights in FP8.
     """
     adam = config.optimizer
     optimizer_config = OptimizerConfig(
@@ -69,14 +82,35 @@ def build_optimizer(
     )
     # Without the overrides megatron-core decays the norms as well.
     overrides = get_standard_config_overrides(optimizer_config)
-    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)  # type: ignore[arg-type]
+    primary: PrimaryWeights | None = bare_model(chunks[0]).policy.primary
+    with _named_half_precision(primary):
+        optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=overrides)  # type: ignore[arg-type]
     device = next(chunks[0].parameters()).device
     if fused is None:
-        fused = device.type == "cuda"
+        fused = device.type == "cuda" or primary is not None
     assert isinstance(optimizer, ChainedOptimizer), "as all are but that of Megatron-FSDP"
-    if not fused:
-        return TrainingOptimizer(optimizer.chained_optimizers)
-    return FusedOptimizer(optimizer.chained_optimizers, device, adam.clip_grad)
+    if fused:
+        return FusedOptimizer(optimizer.chained_optimizers, device, adam.clip_grad, primary)
+    if primary is not None:
+        raise LitesparkError("weights in FP8 are written by the fused optimizer alone")
+    return TrainingOptimizer(optimizer.chained_optimizers)
+
+
+@contextmanager
+def _named_half_precision(primary: PrimaryWeights | None) -> Iterator[None]:
+    """Within the block weights in FP8 name their type BF16.
+
+    megatron-core makes masters of what has the name of a half-precision type, and refuses others.
+    What it puts into them is replaced (`FusedOptimizer.reload_model_params`).
+    """
+    parameters = [] if primary is None else list(primary.pending)
+    for parameter in parameters:
+        parameter.type = lambda: "torch.cuda.BFloat16Tensor"  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter.type
 
 
 class TrainingOptimizer(ChainedOptimizer):
@@ -101,6 +135,9 @@ class TrainingOptimizer(ChainedOptimizer):
         """Make the update, or say that it was refused."""
         return False if self._is_refused else super().step_with_ready_grads()
 
+    def write_fp8_weights(self) -> None:
+        """Write weights that exist in FP8 alone from masters that were loaded; here are none."""
+
 
 class FusedAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` in one kernel a parameter, which also clips and writes the model's copy.
@@ -111,14 +148,21 @@ class FusedAdamW(torch.optim.Optimizer):
         param_groups: groups as another Adam keeps them, with its options; taken over, not copied.
         weight_of: the model's weight of each master, of the same elements and shape; masters that
             are the model's weights themselves are not in it.
+        spec_of: the scale of each master whose weight is in FP8.
     """
 
-    def __init__(self, param_groups: list[dict[str, Any]], weight_of: dict[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        weight_of: dict[Tensor, Tensor],
+        spec_of: dict[Tensor, QuantizeSpec] | None = None,
+    ) -> None:
         # The base refuses views, which the masters of fp32 models are under the distributed
         # optimizer, so it is given an empty group and the real ones are put in its place.
         super().__init__([{"params": []}], defaults={})
         self.param_groups = param_groups
         self.weight_of = weight_of
+        self.spec_of = spec_of or {}
         self.grad_multiplier: Tensor | None = None
 
     @torch.no_grad()
@@ -143,6 +187,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 adamw_step(
                     *(master, master.grad, state["exp_avg"], state["exp_avg_sq"], options),
                     weight=self.weight_of.get(master),
+                    quantize=self.spec_of.get(master),
                     multiplier=self.grad_multiplier,
                 )
 
@@ -153,16 +198,25 @@ class FusedOptimizer(TrainingOptimizer):
     Functions in `after_step` are called at the end of each step, when the update and the gathering
     of weights have been launched.  With `overlap_param_gather` the weights of other data-parallel
     ranks arrive later, before the forward pass that needs them.
+
+    `primary` are the weights that exist in FP8 alone, which get their first values here.
     """
 
     def __init__(
-        self, optimizers: list[MegatronOptimizer], device: torch.device, clip_grad: float
+        self,
+        optimizers: list[MegatronOptimizer],
+        device: torch.device,
+        clip_grad: float,
+        primary: PrimaryWeights | None = None,
     ) -> None:
         super().__init__(optimizers)
         self.device = device
         self.clip_grad = clip_grad
+        self.primary = primary
         self.after_step: list[Callable[[], None]] = []
         self.adams = [_put_in(each) for each in optimizers if each.optimizer is not None]
+        if primary is not None:
+            self.reload_model_params()
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, None] | tuple[Literal[False], None, None]:
@@ -180,10 +234,43 @@ class FusedOptimizer(TrainingOptimizer):
             return False, read_norm(), None
         for adam in self.adams:
             adam.grad_multiplier = _clipping_factor(norm, self.clip_grad)
+        if self.primary is not None:
+            self.primary.next_scales(_sharing_group())
         success = self.step_with_ready_grads()
         for function in self.after_step:
             function()
         return success, read_norm(), None
+
+    @torch.no_grad()
+    def reload_model_params(self, state_dict: None = None) -> None:
+        """Make the masters of the model's weights anew; all ranks call it together.
+
+        Of weights in FP8 they are made of what is `pending`, else of the weights themselves.
+        """
+        super().reload_model_params(state_dict)
+        if self.primary is None:
+            return
+        pending = self.primary.pending
+        for parameter, master, start, stop in owned_masters(self):
+            if primary_spec(parameter) is not None:
+                value = pending[parameter] if parameter in pending else dequantized(parameter)
+                master.copy_(value.view(-1)[start:stop].view(master.shape))
+        pending.clear()
+        self.write_fp8_weights()
+
+    @torch.no_grad()
+    def write_fp8_weights(self) -> None:
+        """Write weights that exist in FP8 alone from masters that were loaded, on all ranks."""
+        if self.primary is None:
+            return
+        parts = (
+            (master, adam.weight_of[master], spec)
+            for adam in self.adams
+            for master, spec in adam.spec_of.items()
+        )
+        self.primary.write(parts, _sharing_group())
+        for chunk in self.model_chunks:  # those whose ranks own parts of the weights
+            chunk.start_param_sync(force_sync=True)
 
     def _norm_on_device(self) -> Tensor:
         """Norm of all gradients, each counted once; fp64 [1].
@@ -205,7 +292,9 @@ class FusedOptimizer(TrainingOptimizer):
 def _put_in(optimizer: MegatronOptimizer) -> FusedAdamW:
     """Replace the Adam inside one of megatron-core's optimizers, and the copy into the model."""
     weight_of = dict(_masters_and_weights(optimizer))
-    adam = FusedAdamW(optimizer.optimizer.param_groups, weight_of)
+    specs = ((master, primary_spec(weight)) for weight, master, *_ in owned_masters(optimizer))
+    spec_of = {master: spec for master, spec in specs if spec is not None}
+    adam = FusedAdamW(optimizer.optimizer.param_groups, weight_of, spec_of)
     optimizer.optimizer = adam
     if isinstance(optimizer, MixedPrecisionOptimizer):
         # fp32 masters are views of the model; upstream would copy those onto themselves.
@@ -226,6 +315,11 @@ def _masters_and_weights(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor,
     else:
         return
     yield from zip(chain(*masters), chain(*weights), strict=True)
+
+
+def _sharing_group() -> Any:
+    """The ranks that hold parts of the same weights; typed loosely upstream."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
 def _clipping_factor(norm: Tensor, largest: float) -> Tensor | None:

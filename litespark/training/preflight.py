@@ -14,6 +14,7 @@ from pathlib import Path
 
 from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.folder import find_checkpoint, newest_first
+from litespark.checkpoint.initial_weights import check_initial_weights
 from litespark.checkpoint.mirror import remote_checkpoints
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
@@ -46,15 +47,23 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         UserError: anything that would end the run later.
     """
     check_config(config, world_size)
-    if config.logging.wandb_project is not None and find_spec("wandb") is None:
-        raise MissingExtraError("wandb", "wandb", "logging.wandb_project")
+    _check_extras(config)
     if config.checkpoint.mirror is not None or is_remote(config.run.resume):
         require_storage()
     train, validation = open_data(config)
     candidates = checkpoint_candidates(config)
     checkpoint = first_intact(candidates)
     if checkpoint is not None:
-        check_same_model(RunState.read(checkpoint), checkpoint, config.model)
+        state = RunState.read(checkpoint)
+        check_same_model(state, checkpoint, config.model)
+        if state.weights_only:
+            raise UserError(
+                f"run.resume = {config.run.resume}",
+                f"{checkpoint} holds weights alone, and no state of a run to go on with",
+                f"Set run.init_from={checkpoint} and another run.output_dir.",
+            )
+    elif config.run.init_from is not None:
+        check_initial_weights(config.run.init_from, config.model)
     _check_reference(config, checkpoint)
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint, candidates)
@@ -67,7 +76,7 @@ def _check_reference(config: RunConfig, checkpoint: Path | None) -> None:
         raise UserError(
             f"run.resume = {config.run.resume}",
             "goes on with another run's state, and says not what the reference is",
-            "Set run.resume=auto.",
+            "Set run.init_from to it: its weights are the reference too.",
         )
 
 
@@ -159,6 +168,21 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")
     return train, rest[0] if evaluates else None
+
+
+def _check_extras(config: RunConfig) -> None:
+    """What the places of metrics need beyond what is always installed."""
+    wanted = (
+        (config.logging.wandb_project, "wandb", "wandb", "logging.wandb_project"),
+        (config.logging.mlflow_experiment, "mlflow", "mlflow", "logging.mlflow_experiment"),
+        (
+            *(config.metering.prometheus_port, "prometheus_client"),
+            *("prometheus", "metering.prometheus_port"),
+        ),
+    )
+    for value, package, extra, key in wanted:
+        if value is not None and find_spec(package) is None:
+            raise MissingExtraError(package, extra, key)
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,18 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from rich.progress import track
 
+from litespark.checkpoint.initial_weights import weights_identity
 from litespark.config.schema import RunConfig
 from litespark.data.blend import Blend
 from litespark.data.chat_samples import ChatCorpus, ChatSample
 from litespark.data.chat_shards import ChatShard
 from litespark.data.loader import Batch, BatchLoader
-from litespark.errors import LitesparkError
+from litespark.errors import LitesparkError, UserError
 from litespark.models.build import build_chunks
 from litespark.models.transformer_config import transformer_config
-from litespark.modules.low_rank import enable_adapters
+from litespark.modules.low_rank import enable_adapters, has_trained_adapters
 from litespark.objectives.dpo import answers_step
-from litespark.parallel.groups import gather_objects
+from litespark.parallel.groups import any_rank, gather_objects
 from litespark.training.state import TrainingRun
 from litespark.training.step import parameters_synchronised, run_reports
 from litespark.utils.files import atomic_write, write_text_atomically
@@ -54,14 +55,25 @@ Logps = npt.NDArray[np.float32]
 _NOT_THE_WEIGHTS = {*("preset", "backend", "attention"), "max_sequence_length"}
 
 
-def prepare_reference(run: TrainingRun, train: Blend[Any], validation: Blend[Any] | None) -> None:
-    """Give a run on preferences its reference; called while the model has its initial weights.
+def prepare_reference(
+    run: TrainingRun,
+    train: Blend[Any],
+    validation: Blend[Any] | None,
+    initial_weights: Callable[[], object] | None = None,
+) -> None:
+    """Give a run on preferences its reference; all ranks call it together, before the first step.
 
-    All ranks call it together; runs on other tasks need none.
+    Runs on other tasks need none.  `initial_weights` puts the model into the state that the
+    reference is; None: it is in it.
+
+    Raises:
+        UserError: the initial weights cannot be read.
     """
     if run.config.task != "dpo":
         return
+    load = initial_weights or (lambda: None)
     if run.config.dpo.reference == "frozen":
+        load()
         has_adapters = run.config.lora is not None
         reference = WithoutAdapters(run) if has_adapters else FrozenReference(run)
         run.attach_reference = reference.attach
@@ -72,21 +84,25 @@ def prepare_reference(run: TrainingRun, train: Blend[Any], validation: Blend[Any
     known: dict[str, Logps] = {}
     for corpus in corpora:
         if corpus.prefix not in known:
-            known[corpus.prefix] = reference_logps(run, corpus.shard)
+            known[corpus.prefix] = reference_logps(run, corpus.shard, load)
         corpus.reference_logps = known[corpus.prefix]
 
 
-def reference_logps(run: TrainingRun, shard: ChatShard) -> Logps:
-    """Log-probabilities of a shard's answers under the run's model as it is; fp32 [documents].
+def reference_logps(
+    run: TrainingRun, shard: ChatShard, initial_weights: Callable[[], object]
+) -> Logps:
+    """Log-probabilities of a shard's answers under the run's initial weights; fp32 [documents].
 
     Read where they have been computed before; a collective call.
     """
-    identity = reference_identity(run.config, shard)
+    mine = reference_identity(run.config, shard) if run.process.is_first else {}
+    identity: dict[str, Any] = gather_objects(mine)[0]
     paths = [folder / f"{identity['sha256'][:16]}.npy" for folder in _folders(run, shard)]
     found = next((logps for path in paths if (logps := _read(path, identity)) is not None), None)
     if all(gather_objects(found is not None)):
         assert found is not None, "this rank has it, as all have"
         return found
+    initial_weights()
     logps = _compute(run, shard)
     if run.process.is_first:
         _write(paths, identity, logps)
@@ -95,8 +111,9 @@ def reference_logps(run: TrainingRun, shard: ChatShard) -> Logps:
 
 def reference_identity(config: RunConfig, shard: ChatShard) -> dict[str, Any]:
     """What log-probabilities are of, as JSON, with its own SHA-256."""
+    source = config.run.init_from
     described = {
-        "weights": {"seed": config.seed},
+        "weights": {"seed": config.seed} if source is None else weights_identity(source),
         "model": config.model.model_dump(mode="json", exclude=_NOT_THE_WEIGHTS),
         "precision": config.precision.model_dump(mode="json"),
         "shard": shard.identity,
@@ -240,10 +257,21 @@ class FrozenReference:
 
 
 class WithoutAdapters:
-    """The run's own model without its adapters, which is what it was, and needs no memory."""
+    """The run's own model without its adapters, which is what it was, and needs no memory.
+
+    Raises:
+        UserError: the adapters are trained already, so that the model without them is another.
+    """
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
+        if any_rank(any(has_trained_adapters(chunk) for chunk in run.chunks)):
+            raise UserError(
+                "dpo.reference = frozen with lora",
+                f"run.init_from = {run.config.run.init_from} has trained adapters, and the model "
+                "without them is not where this run starts",
+                "Set dpo.reference=precomputed, or start from its export, which merges them.",
+            )
 
     @torch.no_grad()
     def attach(self, batches: Sequence[Batch]) -> Sequence[Batch]:

@@ -10,7 +10,9 @@ from litespark.models.layer_specs import slot_table
 from litespark.parallel.groups import stop_process_group
 from litespark.training.hooks.bad_steps import BadSteps
 from litespark.training.hooks.checkpointing import Checkpointing
+from litespark.training.hooks.energy import EnergyTotals
 from litespark.training.hooks.evaluation import Evaluation
+from litespark.training.hooks.exporting import Exporting
 from litespark.training.hooks.fp8_guard import Fp8Guard
 from litespark.training.hooks.metrics import MetricsWriter, StepMetrics
 from litespark.training.hooks.recheck import Recheck
@@ -53,11 +55,12 @@ def run_training(config: RunConfig) -> None:
 def build_hooks(run: TrainingRun) -> list[Hook]:
     """The hooks in their order: guards first, then what looks, then what saves, then the stop."""
     writer = MetricsWriter(run)
-    checkpointing = Checkpointing()
-    hooks: list[Hook] = [StepMetrics(writer), Evaluation(writer), checkpointing]
+    exporting, metrics = Exporting(run), StepMetrics(writer)
+    checkpointing = Checkpointing(exporting.saved)
+    hooks: list[Hook] = [metrics, Evaluation(writer), checkpointing, exporting]
     if run.config.precision.mode == "fp8":
         hooks.insert(2, Fp8Guard())
-    hooks.append(StopOnSignal(checkpointing.save_now))
+    hooks += [EnergyTotals(metrics), StopOnSignal(checkpointing.save_now)]
     return [Watchdog(), BadSteps(checkpointing), Recheck(), Stragglers(), *hooks]
 
 

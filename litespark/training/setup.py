@@ -2,7 +2,7 @@
 
 Patches are applied here, and in `single.py` for the commands that need no training.
 
-processes, patches, user's mistakes, groups, seed, model, optimizer, data, checkpoint
+processes, patches, sameness, user's mistakes, groups, seed, model, optimizer, data, checkpoint
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.choose import newest_whole
-from litespark.checkpoint.load import load_checkpoint, load_random_states
+from litespark.checkpoint.folder import find_checkpoint
+from litespark.checkpoint.initial_weights import fill_from_hf, is_hf_folder
+from litespark.checkpoint.load import load_checkpoint, load_random_states, load_weights
 from litespark.checkpoint.mirror import fetch_first_whole
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.checkpoint.save import NO_LIMIT
@@ -35,8 +37,10 @@ from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.data.storage import is_remote
 from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.metering.meters import RunMeters
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
+from litespark.models.primary_weights import gather_fp8_as_bytes, keep_weights_in_fp8
 from litespark.models.transformer_config import transformer_config
 from litespark.objectives.objective import objective_for
 from litespark.parallel.groups import (
@@ -51,6 +55,7 @@ from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight, remote_candidates
 from litespark.training.reference import prepare_reference
+from litespark.training.same_everywhere import check_same_everywhere, check_same_folder
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
@@ -66,12 +71,23 @@ def set_up(config: RunConfig) -> TrainingRun:
         UserError: on every rank alike, whichever rank found the mistake.
     """
     process = start_processes(config)
+    check_same_everywhere(config)
     checked = on_all_ranks(lambda: preflight(config, process.world_size))
     run = build_run(config, process)
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
-    prepare_reference(run, checked.train, checked.validation)
-    _resume(run, _candidates(run, checked))
+    check_same_folder(run.folder, is_first=run.process.is_first)
+    checkpoint = newest_whole(_candidates(run, checked), verify=config.checkpoint.verify)
+    if checkpoint is None:
+        run.record_event("started", f"{run.layout.describe()}, {_start_weights(run)}")
+    prepare_reference(
+        run,
+        checked.train,
+        checked.validation,
+        initial_weights=None if checkpoint is None else lambda: _start_weights(run),
+    )
+    if checkpoint is not None:
+        _resume(run, checkpoint)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
         for line in packing_lines((checked.train, checked.validation)):
@@ -95,6 +111,8 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         UserError: on every rank alike, if the backend asked for cannot compute this here.
     """
     on_all_ranks(lambda: backend_for(config))
+    # First of all: building and loading cost energy too.
+    meters = RunMeters(reads_host=process.local_rank == 0)
     logger.info(
         "%d patches to megatron-core, see megatron_patches/README.md", len(applied_patches())
     )
@@ -115,6 +133,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),
+        meters=meters,
     )
 
 
@@ -179,16 +198,22 @@ def _build_model(
     )
     chunks = build_chunks(config, core_config)
     is_half = core_config.bf16
-    return [
+    modules = [Float16Module(core_config, chunk) if is_half else chunk for chunk in chunks]
+    if config.precision.mode == "fp8" and config.precision.primary_weights == "fp8":
+        keep_weights_in_fp8(chunks)  # after what makes all parameters BF16
+    wrapped = [
         DistributedDataParallel(
             config=core_config,
             ddp_config=ddp_config,
-            module=Float16Module(core_config, chunk) if is_half else chunk,
+            module=module,
             # Chunks after the first are not on the critical path: buckets would only split them.
             disable_bucketing=number > 0,
         )
-        for number, chunk in enumerate(chunks)
+        for number, module in enumerate(modules)
     ]
+    for chunk in wrapped:
+        gather_fp8_as_bytes(chunk)
+    return wrapped
 
 
 def _connect(
@@ -261,6 +286,7 @@ def _load(run: TrainingRun, checkpoint: Path) -> RunState:
         raise
     run.step = state.step
     run.policy.load_state(state.fp8_scales)
+    run.optimizer.write_fp8_weights()
     run.policy.weights_changed()
     return state
 
@@ -290,11 +316,7 @@ def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
     return candidates
 
 
-def _resume(run: TrainingRun, candidates: list[Path]) -> None:
-    checkpoint = newest_whole(candidates, verify=run.config.checkpoint.verify)
-    if checkpoint is None:
-        run.record_event("started", f"{run.layout.describe()}, from initial weights")
-        return
+def _resume(run: TrainingRun, checkpoint: Path) -> None:
     state = _load(run, checkpoint)
     run.consumed_samples = state.consumed_samples
     run.policy.moved_layers = set(state.bf16_layers)
@@ -304,6 +326,25 @@ def _resume(run: TrainingRun, candidates: list[Path]) -> None:
     if run.process.is_first:
         logger.info("resumed at step %d: %s", run.step, detail)
         _tell_differences(run, state, same_layout=same_layout)
+
+
+def _start_weights(run: TrainingRun) -> str:
+    """Take over the weights of `run.init_from`, if there are any; which weights the run has."""
+    source = run.config.run.init_from
+    if source is None:
+        return "from initial weights"
+    with run.progress.suspended():
+        if is_hf_folder(source):
+            on_all_ranks(lambda: fill_from_hf(Path(source), run.chunks, run.config.model))
+        else:
+            checkpoint = on_all_ranks(lambda: find_checkpoint(source))
+            newest_whole([checkpoint], verify=run.config.checkpoint.verify)
+            load_weights(checkpoint, run.chunks)
+    run.optimizer.reload_model_params()
+    run.policy.weights_changed()
+    if run.process.is_first:
+        logger.info("weights of %s; optimizer and schedule start anew", source)
+    return f"with the weights of {source}"
 
 
 def _check_fits(run: TrainingRun, checkpoint: Path) -> None:

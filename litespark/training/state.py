@@ -20,6 +20,7 @@ from litespark.config.schema import RunConfig
 from litespark.data.blend import Blend
 from litespark.data.loader import Batch, BatchLoader
 from litespark.fp8.policy import PrecisionPolicy
+from litespark.metering.meters import RunMeters
 from litespark.objectives.language_modelling import ForwardStep
 from litespark.objectives.objective import Objective
 from litespark.parallel.groups import Process
@@ -149,6 +150,7 @@ class TrainingRun:
     forward_clock: ForwardClock = field(init=False)
     judges: list[Judge] = field(default_factory=list)
     attach_reference: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None
+    meters: RunMeters = field(default_factory=RunMeters)
 
     def __post_init__(self) -> None:
         self.forward_clock = ForwardClock(self.process.device.type)
@@ -181,7 +183,9 @@ class TrainingRun:
         if self.process.is_first:
             self.append_event(event, detail, step)
 
-    def append_event(self, event: str, detail: str, step: int | None = None) -> None:
+    def append_event(
+        self, event: str, detail: str | dict[str, Any], step: int | None = None
+    ) -> None:
         """The same from whichever rank calls it, when one speaks that need not be the first."""
         line: dict[str, Any] = {
             "time": time.time(),

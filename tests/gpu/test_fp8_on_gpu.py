@@ -37,7 +37,11 @@ RUNS = {
         *(FP8, "precision.margin=1"),
         *("precision.bf16_first_layers=1", "precision.bf16_last_layers=1"),
     ],
+    "delayed, weights in FP8": [FP8, "precision.primary_weights=fp8"],
     "tensorwise": [FP8, "precision.recipe=tensorwise"],
+    "tensorwise, weights in FP8": [
+        *(FP8, "precision.recipe=tensorwise", "precision.primary_weights=fp8"),
+    ],
     "tensorwise, recompute": [FP8, "precision.recipe=tensorwise", "training.recompute=full"],
     "blockwise": [FP8, "precision.recipe=blockwise"],
 }
@@ -118,7 +122,9 @@ def test_fp8_learns_as_bf16_does(name, trained):
 
 
 @needs_fp8
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize(
+    "recipe", ["delayed", "delayed, weights in FP8", "tensorwise", "blockwise"]
+)
 @pytest.mark.parametrize("to_fp8", [False, True], ids=["to BF16", "to FP8"])
 def test_a_checkpoint_goes_on_in_the_other_precision(to_fp8, recipe, config, trained, tmp_path):
     """From step 15 on: what is stored, BF16 weights and fp32 masters, knows of no FP8."""
@@ -132,9 +138,10 @@ def test_a_checkpoint_goes_on_in_the_other_precision(to_fp8, recipe, config, tra
 
 
 @needs_fp8
-def test_a_resumed_fp8_run_has_the_losses_of_an_uninterrupted_one(config, trained, tmp_path):
-    """Bit for bit: the delayed scales' history is part of the checkpoint."""
-    assert resumed(config, trained("delayed"), tmp_path, "delayed") == losses(trained("delayed"))
+@pytest.mark.parametrize("name", ["delayed", "delayed, weights in FP8"])
+def test_a_resumed_fp8_run_has_the_losses_of_an_uninterrupted_one(name, config, trained, tmp_path):
+    """Bit for bit: the delayed scales' history, or that of weights, is part of the checkpoint."""
+    assert resumed(config, trained(name), tmp_path, name) == losses(trained(name))
 
 
 @needs_fp8

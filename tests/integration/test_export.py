@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from litespark.checkpoint.folder import find_checkpoint
-from litespark.checkpoint.hf.export import convert, export_checkpoint
-from litespark.checkpoint.hf.llama import hf_config
+from litespark.checkpoint.hf.export import Exporting, export_checkpoint
+from litespark.checkpoint.hf.registry import config_json
+from litespark.checkpoint.hf.shards import convert
 from litespark.cli import export as command
 from litespark.config.schema import RunConfig
 from litespark.data.tokenizers import load_tokenizer
@@ -69,7 +70,7 @@ def tiny_run(runs):
 
 def export(run, out, **options):
     with single_process():
-        return export_checkpoint(find_checkpoint(run), out, **options)
+        return export_checkpoint(find_checkpoint(run), out, Exporting(**options))
 
 
 def tensors_in(folder):
@@ -274,7 +275,7 @@ def test_nothing_is_left_when_the_disk_fills(tiny_run, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("litespark.checkpoint.hf.shards.save_file", full)
+    monkeypatch.setattr("litespark.checkpoint.hf.shards.HashingFile.write", full)
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(LitesparkError, match=r"nothing was kept .*No space left"):
@@ -292,7 +293,7 @@ def test_a_place_that_cannot_be_written_to_is_a_mistake(tiny_run, tmp_path):
 def test_both_generations_of_transformers_read_the_rotary_frequencies():
     scaling = {"factor": 8.0, "original_max_sequence_length": 32}
     values = tiny_values("unused", rope_theta=5e5, rope_scaling=scaling)
-    written = hf_config(RunConfig.model_validate(values).model, "bfloat16", None, 2)
+    written = config_json(RunConfig.model_validate(values).model, "bfloat16", None, 2)
     new_words = {"rope_parameters", "dtype"}
     old_words = {"rope_theta", "rope_scaling", "torch_dtype"}
     read = [

@@ -1,4 +1,4 @@
-"""Litespark's model is transformers' Llama: same weights, same loss, same gradients.
+"""Litespark's models are transformers': same weights, same loss, same gradients.
 
 The weights and the gradients go through the table that the export uses, so the test covers the
 architecture (RoPE, norms, grouped queries, SwiGLU, the loss over a padded vocabulary) and the table
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from litespark.checkpoint.hf.llama import entries, hf_config, to_hf
+from litespark.checkpoint.hf.registry import config_json, family_of_model
+from litespark.checkpoint.hf.table import to_hf
 from litespark.checkpoint.sharded import sharding_metadata
 from litespark.config.schema import RunConfig
 from litespark.training.single import single_process
@@ -42,6 +43,11 @@ SHAPES = {
     "padded_vocabulary": {"vocab_size": 101, "vocab_padding_multiple": 64},
     "padded_and_tied": {"vocab_size": 101, "vocab_padding_multiple": 64, "tie_embeddings": True},
     "norm_epsilon": {"norm_epsilon": 0.1},
+    "mistral": {"family": "mistral", "sliding_window": 64},
+    "qkv_bias": {"qkv_bias": True},
+    "qkv_bias_mqa": {"qkv_bias": True, "num_query_groups": 1, "head_dim": 24},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_head_dim": {"qk_norm": True, "head_dim": 24, "tie_embeddings": True},
 }
 
 
@@ -60,10 +66,15 @@ def in_hf_words(shape, tensors):
     """The table applied to one tensor a parameter."""
     return {
         name: value
-        for entry in entries(shape)
+        for entry in family_of_model(shape).entries(shape)
         for layer in (range(shape.num_layers) if entry.is_per_layer else (None,))
         for name, value in to_hf(entry, layer, tensors[entry.key, layer], shape)
     }
+
+
+def in_transformers(shape):
+    values = config_json(shape, "float32", None, None)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
 
 
 def relative_difference(value, expected):
@@ -78,7 +89,7 @@ def test_loss_and_gradients_equal_transformers(changes):
     with single_process():
         (model,) = build(config)
         parameters = stored_parameters(model)
-        twin = LlamaForCausalLM(LlamaConfig.from_dict(hf_config(shape, "float32", None, None)))
+        twin = in_transformers(shape)
         weights = {n: p.detach().clone() for n, p in in_hf_words(shape, parameters).items()}
         if shape.tie_embeddings:  # transformers lists the one matrix under both of its names
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

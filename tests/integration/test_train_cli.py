@@ -22,7 +22,8 @@ pytestmark = pytest.mark.distributed
 METRICS = [
     *("step", "tokens", "loss", "lr", "grad_norm", "step_seconds", "tokens_per_second"),
     *("tokens_per_second_per_gpu", "tflops_per_gpu_causal", "tflops_per_gpu_full", "mfu"),
-    *("energy_joules", "joules_per_token", "power_watts", "memory_bytes"),
+    *("energy_joules", "evaluation_joules", "checkpoint_joules", "idle_joules", "host_joules"),
+    *("joules_per_token", "power_watts", "memory_bytes"),
     *("data_wait_seconds", "checkpoint_seconds"),
 ]
 

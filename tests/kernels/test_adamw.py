@@ -9,6 +9,7 @@ import torch
 
 from litespark.errors import LitesparkError
 from litespark.ops.adamw import CANDIDATES, AdamWOptions, adamw_step, adamw_step_reference
+from litespark.ops.formats import E4M3, E5M2, QuantizeSpec
 
 OPTIONS = AdamWOptions(lr=1e-2, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, step=1)
 SHAPES = [(1,), (7,), (1024,), (1025,), (33, 65), (3, 4096)]
@@ -128,6 +129,79 @@ def test_weight_is_rounded_to_the_nearest_even(function, device):
     weight = torch.empty_like(master, dtype=torch.bfloat16)
     function(master, *still, replace(OPTIONS, weight_decay=0.0), weight=weight)
     assert weight.tolist() == [low, low, low + step, low + 2 * step]
+
+
+STEPS = [
+    pytest.param(adamw_step, id="kernel"),
+    pytest.param(adamw_step_reference, id="reference"),
+]
+
+
+def fp8_spec(scale, device, dtype=E4M3):
+    scale = torch.tensor([scale], device=device)
+    return QuantizeSpec(dtype, scale, 1 / scale, torch.zeros(1, device=device))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (1025,), (33, 65)], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_fp8_weight_is_the_new_master_rounded_once(shape, step, device):
+    """Values beyond 448 saturate; the largest |master| is that of the new values, unclamped."""
+    torch.manual_seed(2)
+    expected, _, _ = run_steps(shape, device, OPTIONS, 1)
+    torch.manual_seed(2)
+    master = torch.randn(shape, device=device)
+    spec = fp8_spec(512.0, device)  # of values around 1: about half of them saturate
+    weight = torch.empty(shape, device=device, dtype=E4M3)
+    moments = [torch.zeros_like(master) for _ in range(2)]
+    multiplier = torch.tensor([0.25], device=device)
+    grad = torch.randn(shape, device=device)
+    step(master, grad, *moments, OPTIONS, weight=weight, quantize=spec, multiplier=multiplier)
+    assert ((master - expected[0]).abs() <= 14 * ROUNDING * (expected[0].abs() + 0.01)).all()
+    wanted = (master * 512.0).clamp(-448, 448).to(E4M3)
+    assert torch.equal(weight.view(torch.uint8), wanted.view(torch.uint8))
+    if master.numel() > 100:
+        assert 0.2 < (weight.float().abs() == 448).float().mean() < 0.8
+    assert spec.amax.item() == master.abs().max().item()
+    assert spec.scale.item() == 512.0
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_largest_value_is_raised_and_never_lowered(step, device):
+    """As of the parts of one weight, which are written by several launches."""
+    spec = fp8_spec(1.0, device)
+    for value, wanted in ((2.0, 2.0), (-3.0, 3.0), (1.0, 3.0)):
+        master = torch.full((5,), value, device=device)
+        still = [torch.zeros_like(master) for _ in range(3)]
+        weight = torch.empty_like(master, dtype=E4M3)
+        options = replace(OPTIONS, weight_decay=0.0)
+        step(master, *still, options, weight=weight, quantize=spec)
+        assert weight.tolist() == [value] * 5
+        assert spec.amax.item() == wanted
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_nan_in_an_fp8_weight_stays_alone(step, device):
+    master, grad = torch.randn(2, 100, device=device)
+    moments = [torch.zeros_like(master) for _ in range(2)]
+    weight = torch.empty_like(master, dtype=E4M3)
+    grad[17] = float("nan")
+    spec = fp8_spec(64.0, device)
+    step(master, grad, *moments, OPTIONS, weight=weight, quantize=spec)
+    assert weight.float().isnan().nonzero().flatten().tolist() == [17]
+    amax = spec.amax.item()
+    assert amax != amax or amax == master.nan_to_num(nan=0.0).abs().max().item()
+
+
+def test_scale_and_format_belong_together(device):
+    good = torch.zeros(4, device=device)
+    for weight, spec in (
+        (good.to(E4M3), None),
+        (good.bfloat16(), fp8_spec(1.0, device)),
+        (good.to(E5M2), fp8_spec(1.0, device)),
+        (None, fp8_spec(1.0, device)),
+    ):
+        with pytest.raises(LitesparkError, match="scale of its format"):
+            adamw_step(good, good, good, good, OPTIONS, weight=weight, quantize=spec)
 
 
 def test_wrong_tensors_are_refused(device):

@@ -78,6 +78,8 @@ def slots(backend: Backend) -> dict[str, Any]:
         "input_layernorm": layer.submodules.input_layernorm,
         "self_attention": attention.module,
         "linear_qkv": attention.submodules.linear_qkv,
+        "q_layernorm": attention.submodules.q_layernorm,
+        "k_layernorm": attention.submodules.k_layernorm,
         "core_attention": attention.submodules.core_attention.module,
         "linear_proj": attention.submodules.linear_proj,
         "pre_mlp_layernorm": layer.submodules.pre_mlp_layernorm,
@@ -95,12 +97,13 @@ LINEARS = {
     "linear_fc1": ColumnParallelLinear,
     "linear_fc2": RowParallelLinear,
 }
+NO_HEAD_NORMS = {"q_layernorm": IdentityOp, "k_layernorm": IdentityOp}
 
 
 def test_slots_of_the_reference(load):
     """megatron-core's control flow, with the norm and the attention that run on any device."""
     backend = Backend(load())
-    assert slots(backend) == LINEARS | {
+    assert slots(backend) == LINEARS | NO_HEAD_NORMS | {
         "layer": TransformerLayer,
         "input_layernorm": RMSNorm,
         "self_attention": SelfAttention,
@@ -113,11 +116,31 @@ def test_slots_of_the_reference(load):
     assert not backend.fused_head
 
 
+def test_qk_norm_fills_the_slots_of_query_and_key(load):
+    found = slots(Backend(load("model.qk_norm=true")))
+    assert found["q_layernorm"] is found["k_layernorm"] is RMSNorm
+
+
+@pytest.mark.parametrize("key", ["qkv_bias", "qk_norm"])
+def test_the_fused_blocks_leave_qwens_parts_to_the_reference(key, load, machine, caplog):
+    machine((9, 0), has_te=True)
+    with caplog.at_level(logging.WARNING, "litespark.models"):
+        assert type(select_backend(load(f"model.{key}=true"))) is Backend
+    (message,) = caplog.messages
+    assert message.endswith(f"(model.{key})")
+    for name in ("triton", "te"):
+        config = load(f"model.{key}=true", f"model.backend={name}", "precision.mode=bf16")
+        with pytest.raises(UserError, match=f"model.{key}"):
+            backend_for(config)
+        assert any(f"model.{key}" in str(error) for error in validate(config, 1))
+    assert any("precision.mode=bf16" in str(e) for e in validate(load(f"model.{key}=true", FP8), 1))
+
+
 def test_slots_of_triton(load):
     """Subclasses of the stock modules, so that parameters and what decodes are the same."""
     backend = TritonBackend(load())
     found = slots(backend)
-    assert found == LINEARS | {
+    assert found == LINEARS | NO_HEAD_NORMS | {
         "layer": FusedTransformerLayer,
         "input_layernorm": FusedRMSNorm,
         "self_attention": FusedSelfAttention,
@@ -169,6 +192,8 @@ def test_slots_of_transformer_engine(load, te):
         "input_layernorm": IdentityOp.__name__,
         "self_attention": "SelfAttention",
         "linear_qkv": "NormedLinear",
+        "q_layernorm": IdentityOp.__name__,
+        "k_layernorm": IdentityOp.__name__,
         "core_attention": "Attention",
         "linear_proj": "RowLinear",
         "pre_mlp_layernorm": IdentityOp.__name__,

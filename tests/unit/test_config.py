@@ -184,11 +184,17 @@ def test_a_good_configuration_has_no_errors(write):
         ("llama2-13b", 13.0),
         ("llama3-70b", 70.6),
         ("llama-160m", 0.162),
+        ("mistral-7b", 7.25),
+        ("qwen2.5-0.5b", 0.494),
+        ("qwen2.5-1.5b", 1.54),
+        ("qwen3-0.6b", 0.596),
+        ("qwen3-1.7b", 1.72),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset, billions):
     model = ModelConfig.model_validate({"preset": preset})
-    found = total_parameters(model, model.tie_embeddings) / 1e9
+    options = model.tie_embeddings, model.qkv_bias, model.qk_norm
+    found = total_parameters(model, *options) / 1e9
     assert found == pytest.approx(billions, rel=0.005)
 
 

@@ -33,6 +33,7 @@ NO_VALUES = [
     ("recipe=mxfp8", ["recipe = 'mxfp8'"]),
     ("recipe=[delayed]", ["precision.recipe"]),
     ("recipie=delayed", ["precision.recipie", "Did you mean 'recipe'"]),
+    ("primary_weights=fp32", ["primary_weights = 'fp32'", "'bf16' or 'fp8'"]),
     ("amax_history_steps=0", ["amax_history_steps = 0", "greater than or equal to 1"]),
     ("amax_history_steps=1.5", ["amax_history_steps = 1.5", "integer"]),
     ("margin=-1", ["margin = -1", "greater than or equal to 0"]),
@@ -129,6 +130,7 @@ def test_what_cannot_run_together(world_size, overrides, words, load):
 @pytest.mark.parametrize(
     ("option", "has_effect"),
     [
+        ("primary_weights=fp8", {"delayed", "tensorwise"}),
         ("margin=1", {"delayed", "tensorwise", "te delayed"}),
         ("fc1_output=fp8", {"delayed"}),
         ("fast_accumulation=all", {"delayed", "tensorwise"}),
@@ -155,6 +157,7 @@ def test_the_keys_of_fp8_may_stay_when_another_mode_is_set(mode, load):
     """So that one override compares; the section's docstring says what they are for."""
     options = [
         "precision.recipe=blockwise",
+        "precision.primary_weights=fp8",
         "precision.margin=2",
         "precision.fc1_output=fp8",
         "precision.fast_accumulation=all",

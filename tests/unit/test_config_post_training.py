@@ -33,6 +33,10 @@ def test_chats_are_always_masked(tmp_path):
             ["task=dpo", "precision.mode=fp8", "precision.recipe=delayed"],
             "precision.recipe = delayed with task = dpo",
         ),
+        (
+            ["lora.rank=4", "precision.mode=fp8", "precision.primary_weights=fp8"],
+            "precision.primary_weights = fp8 with lora",
+        ),
         (["lora.rank=4", "model.backend=te", "precision.mode=bf16"], "lora with model.backend"),
     ],
 )

@@ -62,6 +62,9 @@ def test_parameters_equal_those_of_a_model_built_by_hand():
     assert matrix_parameters(shape) == matrices
     assert total_parameters(shape, tie_embeddings=False) == matrices + 50 * 24 + norms
     assert total_parameters(shape, tie_embeddings=True) == matrices + norms
+    biases, head_norms = 3 * (48 + 16 + 16), 3 * (8 + 8)
+    assert total_parameters(shape, True, qkv_bias=True) == matrices + norms + biases
+    assert total_parameters(shape, True, qk_norm=True) == matrices + norms + head_norms
 
 
 def test_flops_equal_the_products_counted_one_by_one():

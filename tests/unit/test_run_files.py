@@ -21,9 +21,9 @@ from litespark.checkpoint.run_state import FILE_NAME, RunState
 from litespark.config.schema import RunConfig
 from litespark.errors import MissingExtraError, UserError
 from litespark.parallel.layout import RankLayout
-from litespark.training.hooks.console import step_line
+from litespark.training.hooks.console import duration, energy, step_line
 from litespark.training.hooks.metrics import drop_lines_after
-from litespark.training.hooks.sinks import WandbSink
+from litespark.training.hooks.sinks import MlflowSink, PrometheusSink, WandbSink
 from litespark.training.preflight import preflight
 
 CONFIG = RunConfig.model_validate(
@@ -150,13 +150,80 @@ def test_step_line_shows_what_was_measured():
         "tokens_per_second": 4096.0,
         "tflops_per_gpu_causal": None,
         "mfu": None,
+        "power_watts": None,
         "joules_per_token": None,
     }
-    line = step_line(record, 10)
+    line = step_line(record, 10, 1024)
     assert line.startswith("step 5/10 | loss 2.5000 | lr 1.00e-03")
-    assert "MFU" not in line
-    gpu = step_line(record | {"tflops_per_gpu_causal": 400.0, "mfu": 0.404}, 10)
-    assert "400 TFLOP/s per GPU (causal) | MFU 40.4 %" in gpu
+    assert line.endswith("4,096 tokens/s | 1 s left")
+    on_gpu = {"tflops_per_gpu_causal": 400.0, "mfu": 0.404, "power_watts": 5512.0}
+    on_gpu["joules_per_token"] = 0.0125
+    gpu = step_line(record | on_gpu, 1_000_005, 1024)
+    assert "400 TFLOP/s per GPU (causal) | MFU 40.4 % | 5,512 W | 12.5 J/1000 tokens" in gpu
+    # 250,000 s; 1.024e9 tokens at 0.0125 J.
+    assert gpu.endswith("2 d 21 h left | 3.56 kWh to the end")
+    last = step_line(record | on_gpu, 5, 1024)
+    assert "left" not in last
+
+
+def test_times_and_energies_as_a_person_reads_them():
+    assert [duration(s) for s in (5, 300, 12_000, 172_800)] == [
+        "5 s",
+        "5 min",
+        "3 h 20 min",
+        "2 d 0 h",
+    ]
+    assert [energy(j) for j in (900, 3.6e6, 3.6e12)] == ["900 J", "1 kWh", "1,000 MWh"]
+
+
+def test_mlflow_gets_the_same_names_and_resumes_the_same_run(tmp_path, monkeypatch):
+    calls = []
+    mlflow = types.ModuleType("mlflow")
+    info = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+    mlflow.set_experiment = lambda name: calls.append(name)
+    mlflow.start_run = lambda run_id, run_name: calls.append((run_id, run_name)) or info
+    mlflow.log_dict = lambda config, name: calls.append(name)
+    mlflow.log_metrics = lambda values, step: calls.append((values, step))
+    mlflow.end_run = lambda: calls.append("ended")
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for _ in range(2):
+        sink = MlflowSink("experiment", CONFIG, tmp_path)
+        sink.write({"step": 3, "loss": 1.5, "mfu": None})
+        sink.close()
+    logged = ({"step": 3.0, "loss": 1.5}, 3)
+    assert calls[:5] == ["experiment", (None, "run"), "config.yaml", logged, "ended"]
+    assert calls[5:] == ["experiment", ("abc", "run"), logged, "ended"]
+
+
+def test_prometheus_serves_the_newest_line():
+    pytest.importorskip("prometheus_client")
+    import urllib.request
+
+    port = free_port()
+    sink = PrometheusSink(port, "127.0.0.1", CONFIG)
+
+    def page() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return answer.read().decode()
+
+    try:
+        sink.write({"step": 3, "loss": 1.5, "mfu": 0.5})
+        assert 'litespark_loss{run="run"} 1.5' in page()
+        sink.write({"step": 4, "loss": 1.25, "mfu": None})
+        assert 'litespark_loss{run="run"} 1.25' in page()
+        assert "litespark_mfu{" not in page(), "an old value is not the present one"
+        with pytest.raises(UserError, match="cannot be listened on"):
+            PrometheusSink(port, "127.0.0.1", CONFIG)
+    finally:
+        sink.close()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_wandb_gets_the_records_and_resumes_the_same_run(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def measure(
         "implementation": implementation,
         "model": model.preset,
         "shape": {key: getattr(model, key) for key in _SHAPE_KEYS},
-        "parameters": total_parameters(model, model.tie_embeddings),
+        "parameters": total_parameters(model, model.tie_embeddings, model.qkv_bias, model.qk_norm),
         "precision": precision,
         "parallel": layout.describe(),
         "sequence_length": args.seq_length,

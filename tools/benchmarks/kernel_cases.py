@@ -324,18 +324,23 @@ def optimizer_cases(shapes: Shapes) -> Iterator[Case]:
     exp_avg_sq, weight = shapes.draw(*size, dtype=torch.float32).abs_(), shapes.draw(*size)
     options = adamw.AdamWOptions(1e-6, (0.9, 0.95), 1e-8, 0.1, step=10)
     multiplier = torch.ones(1, device=shapes.device)
-    yield Case(
-        "adamw.step",
-        "FC1's weight",
-        2 * size_of(master, exp_avg, exp_avg_sq) + size_of(grad, weight),
-        adamw.CANDIDATES["step"],
-        lambda config: adamw.adamw_step(
-            *(master, grad, exp_avg, exp_avg_sq, options),
-            weight=weight,
-            multiplier=multiplier,
-            config=config,
-        ),
-    )
+    for what, stored, quantize in (
+        ("FC1's weight", weight, None),
+        ("FC1's weight in FP8", weight.to(E4M3), shapes.spec(E4M3)),
+    ):
+        yield Case(
+            "adamw.step",
+            what,
+            2 * size_of(master, exp_avg, exp_avg_sq) + size_of(grad, stored),
+            adamw.CANDIDATES["step"],
+            lambda config, stored=stored, quantize=quantize: adamw.adamw_step(
+                *(master, grad, exp_avg, exp_avg_sq, options),
+                weight=stored,
+                quantize=quantize,
+                multiplier=multiplier,
+                config=config,
+            ),
+        )
     yield Case(
         "global_norm.sum_of_squares",
         "FC1's gradient",

@@ -1,77 +1,51 @@
-"""What an exported folder holds beside the weights, and how it appears whole or not at all."""
+"""What an exported folder holds beside the weights."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from litespark.checkpoint.hf.registry import family_of_model
 from litespark.checkpoint.run_state import RunState
 from litespark.data.tokenizers import Tokenizer
-from litespark.errors import LitesparkError, UserError
-from litespark.utils.files import (
-    atomic_write,
-    fsync_path,
-    rename_durably,
-    temporary_name,
-    write_text_atomically,
-)
+from litespark.errors import UserError
+from litespark.utils.files import atomic_write, write_text_atomically
 
+GENERATION_CONFIG = "generation_config.json"
+MANIFEST = "manifest.json"
+VERIFICATION = "verification.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the block ends, or vanishes if it raises.
+def generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """How to generate: the file beside the tokenizer, if there is one, else where texts end.
 
     Raises:
-        UserError: `folder` is taken (it holds something, or is a file) or cannot be made.
-        LitesparkError: the disk is full.
+        UserError: the file beside the tokenizer is no JSON object.
     """
-    refuse_taken(folder)
-    final = Path(os.path.realpath(folder))  # a link to an empty folder stays a link
-    temporary = temporary_name(final)
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    path = tokenizer.path.with_name(GENERATION_CONFIG)
+    if not path.is_file():
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(
-            str(folder),
-            f"cannot be made ({error.strerror})",
-            "Give a folder in a place that can be written to.",
-        ) from None
-    try:
-        yield temporary
-        fsync_path(temporary)
-        rename_durably(temporary, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise LitesparkError(f"{folder}: writing failed, nothing was kept ({error})") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(str(path), f"is no JSON object ({error})", "Repair or remove it.") from None
+    return content
 
 
-def refuse_taken(folder: Path) -> None:
-    """Refuse a folder in which something would be overwritten.
-
-    Raises:
-        UserError: `folder` holds something, or is a file.
-    """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
-        raise UserError(
-            str(folder),
-            "is not empty" if folder.is_dir() else "is a file",
-            "Give a folder that does not exist yet.",
-        )
+def write_manifest(folder: Path, files: Mapping[str, tuple[int, str]], **about: Any) -> None:
+    """Write size and SHA-256 of every file; `sha256sum` computes the same."""
+    listed = {
+        name: {"size_bytes": size_bytes, "sha256": digest}
+        for name, (size_bytes, digest) in sorted(files.items())
+    }
+    write_json(folder / MANIFEST, {"format_version": 1, **about, "files": listed})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -122,7 +96,7 @@ def model_card(state: RunState, num_parameters: int, dtype_name: str) -> str:
     model = state.model_config()
     versions = ", ".join(f"{name} {number}" for name, number in state.versions.items())
     rows = {
-        "architecture": "LlamaForCausalLM",
+        "architecture": family_of_model(model).architecture,
         "parameters": f"{num_parameters:,}",
         "layers": model.num_layers,
         "hidden size": model.hidden_size,

@@ -1,10 +1,10 @@
-"""Reads single layers of a checkpoint's tensors, whatever layout wrote it.
+"""Reads rows of a checkpoint's tensors, whatever layout wrote it.
 
 A checkpoint is one whole tensor for each kind of weight, with a leading axis for the layers, stored
 in pieces: each rank wrote what it held.  The index (`.metadata`) says which piece lies where in
-which file.  To read one layer, take the pieces that overlap it and copy each into its place; which
-ranks there were does not matter.  torch's checkpoint reader does both; what is written here is only
-what to ask it for.
+which file.  To read some rows of one layer, take the pieces that overlap them and copy each into
+its place; which ranks there were does not matter.  A piece can only be read as a whole, so a tensor
+that is too large to be held as one is read along the borders of its pieces (`pieces`).
 
 The index is a pickle: read it where the patch `safe_checkpoint_metadata` is in place, as it is
 inside `litespark.training.single.single_process`.
@@ -12,87 +12,161 @@ inside `litespark.training.single.single_process`.
 
 from __future__ import annotations
 
-import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from litespark.checkpoint.folder import STATE
-from litespark.checkpoint.hf.llama import Entry, entries, to_hf
+from litespark.checkpoint.hf.family import Family
+from litespark.checkpoint.hf.table import Entry, stored_tensors
 from litespark.checkpoint.sharded import check_places
 from litespark.config.schema import ModelConfig
 from litespark.errors import UserError
 
 
+@dataclass(frozen=True)
+class _Box:
+    """Part of a stored tensor, the layer axis included."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def overlap(self, other: _Box) -> _Box | None:
+        """What both have, None if that is nothing."""
+        ends = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in ends]
+        if any(start >= stop for start, stop in spans):
+            return None
+        return _Box(
+            tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans)
+        )
+
+    def within(self, tensor: Tensor, whole: _Box) -> Tensor:
+        """This box of a tensor that is `whole`; a view."""
+        places = zip(self.offsets, whole.offsets, self.sizes, strict=True)
+        for axis, (start, begin, size) in enumerate(places):
+            tensor = tensor.narrow(axis, start - begin, size)
+        return tensor
+
+
 class CheckpointReader:
     """The tensors of one checkpoint, without a model and without a process group.
 
+    Args:
+        checkpoint: a Litespark checkpoint (`step_...`).
+        family: whose table names the tensors.
+        model: the shape that they must have.
+        state: the folder of the tensors, where it is not the checkpoint's `state`.
+
     Raises:
-        UserError: the index cannot be read.
+        UserError: the index cannot be read, or names a file elsewhere.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._folder = checkpoint / STATE
+    def __init__(
+        self, checkpoint: Path, family: Family, model: ModelConfig, state: Path | None = None
+    ) -> None:
+        self.family, self.model = family, model
+        self._folder = checkpoint / STATE if state is None else state
         with self._reporting():
             self._storage = FileSystemReader(str(self._folder))
-            index = self._storage.read_metadata()
-            check_places(index)
-            self._storage.set_up_storage_reader(index, is_coordinator=True)
-        self._index = index.state_dict_metadata
+            self._index: Metadata = self._storage.read_metadata()
+            check_places(self._index)
 
-    def tensors(self, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's name and the value of every tensor of a Llama, in the order of the forward
-        pass, in the stored format; at most one layer is held at a time.
+    def read(
+        self, entry: Entry, layer: int | None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Rows of one stored tensor, or of one layer's part of it, in the stored format.
 
-        Raises:
-            UserError: the checkpoint is damaged, lacks a tensor or holds one of another shape.
-        """
-        for is_per_layer, rows in groupby(entries(model), key=lambda entry: entry.is_per_layer):
-            group = tuple(rows)
-            layers: Sequence[int | None] = range(model.num_layers) if is_per_layer else (None,)
-            for layer in layers:
-                for entry in group:
-                    yield from to_hf(entry, layer, self.read(entry, layer, model), model)
-
-    def read(self, entry: Entry, layer: int | None, model: ModelConfig) -> Tensor:
-        """One stored tensor, or one layer's part of it, of `entry.stored_shape`.
+        Args:
+            entry: the row of the table.
+            layer: the layer's number from 0, None for a row outside the layers.
+            start: first row.
+            stop: the row after the last; None: all.
 
         Raises:
             UserError: the checkpoint is damaged, lacks the tensor or holds one of another shape.
         """
-        shape = torch.Size(entry.stored_shape(model))
-        stored = self._stored(entry, shape if layer is None else (model.num_layers, *shape))
-        offsets, sizes = [0] * len(shape), shape
-        if layer is not None:
-            offsets, sizes = [layer, *offsets], torch.Size((1, *shape))
-        room = torch.empty(sizes, dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(offsets), sizes)
-        items = create_read_items_for_chunk_list(entry.key, stored, [wanted])
-        if sum(math.prod(item.lengths) for item in items) != room.numel():
+        shape = entry.stored_shape(self.model)
+        stop = shape[0] if stop is None else stop
+        sizes = (stop - start, *shape[1:])
+        lead = () if layer is None else (layer,)
+        rest = (0,) * (len(shape) - 1)
+        wanted = _Box((*lead, start, *rest), (*(1 for _ in lead), *sizes))
+        stored = self._stored(entry)
+        pieces = [
+            (piece, box, shared)
+            for piece in stored.chunks
+            for box in (_box_of(piece),)
+            if (shared := box.overlap(wanted)) is not None
+        ]
+        if len(pieces) == 1 and pieces[0][2] == wanted:
+            piece, box, _ = pieces[0]
+            return wanted.within(self._load(entry.key, piece), box).reshape(sizes)
+        room = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        filled = 0
+        for piece, box, shared in pieces:
+            shared.within(room, wanted).copy_(shared.within(self._load(entry.key, piece), box))
+            filled += torch.Size(shared.sizes).numel()
+        if filled != room.numel():
             raise self._unusable(f"{entry.key} is not there as a whole")
-        with self._reporting():
-            self._storage.read_data(LoadPlan(items), _Into(room)).wait()
-        return room.view(shape)
+        return room.view(sizes)
 
-    def _stored(self, entry: Entry, shape: tuple[int, ...]) -> TensorStorageMetadata:
-        stored = self._index.get(entry.key)
+    def pieces(self, entry: Entry, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """The first rows of a tensor outside the layers, piece by piece, each with its first row.
+
+        Raises:
+            UserError: see `read`.
+        """
+        boxes = [_box_of(piece) for piece in self._stored(entry).chunks]
+        cuts = sorted({box.offsets[0] for box in boxes if box.offsets[0] < num_rows})
+        for start, stop in zip(cuts, [*cuts[1:], num_rows], strict=True):
+            yield start, self.read(entry, None, start, stop)
+
+    def tensors(self) -> Iterator[tuple[Entry, int | None]]:
+        """Every stored tensor, layers taken apart, in the order of the forward pass."""
+        return stored_tensors(self.family.entries(self.model), self.model)
+
+    def check(self) -> None:
+        """Whether every tensor of the family is there, in its shape.
+
+        Raises:
+            UserError: one is not.
+        """
+        for entry in self.family.entries(self.model):
+            self._stored(entry)
+
+    def _stored(self, entry: Entry) -> TensorStorageMetadata:
+        shape = entry.stored_shape(self.model)
+        shape = (self.model.num_layers, *shape) if entry.is_per_layer else shape
+        stored = self._index.state_dict_metadata.get(entry.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise self._unusable(f"it holds no {entry.key}")
-        if tuple(stored.size) != tuple(shape):
-            raise self._unusable(
-                f"{entry.key} is {tuple(stored.size)}, run_state.json's model has {tuple(shape)}"
-            )
+        if tuple(stored.size) != shape:
+            raise self._unusable(f"{entry.key} is {tuple(stored.size)}, the model has {shape}")
         return stored
+
+    def _load(self, key: str, piece: ChunkStorageMetadata) -> Tensor:
+        place = (self._index.storage_data or {}).get(MetadataIndex(key, piece.offsets))
+        if place is None:
+            raise self._unusable(f"a piece of {key} is nowhere")
+        with self._reporting(), open(self._folder / place.relative_path, "rb") as file:
+            view = self._storage._slice_file(file, place)
+            value = torch.load(view, map_location="cpu", weights_only=True)
+            if not isinstance(value, Tensor) or value.shape != piece.sizes:
+                raise ValueError(f"a piece of {key} is not what the index says")
+            return value
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -118,17 +192,5 @@ class CheckpointReader:
         )
 
 
-class _Into(DefaultLoadPlanner):
-    """Tells the reader where the values of a piece go."""
-
-    def __init__(self, room: Tensor) -> None:
-        super().__init__()
-        self._room = room
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the room that the piece fills."""
-        part = self._room
-        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        for axis, (start, length) in enumerate(places):
-            part = part.narrow(axis, start, length)
-        return part
+def _box_of(piece: ChunkStorageMetadata) -> _Box:
+    return _Box(tuple(piece.offsets), tuple(piece.sizes))

@@ -1,89 +1,145 @@
-"""Writes safetensors files of bounded size, one tensor after the other.
+"""Writes safetensors files of bounded size, block of rows by block of rows.
 
-A model may be larger than this machine's memory, so at most one file's tensors are held at a time.
-How many files there will be is known only at the end; until then they carry a number alone.
+The header comes first in the format, and says where each tensor lies.  Shapes and dtype are known
+before any tensor is read, so all headers are known from the start, and memory holds a block.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from litespark.utils.files import write_text_atomically
+from litespark.checkpoint.hf.safetensors_file import DTYPE_NAMES
+from litespark.checkpoint.hf.weights import INDEX, WEIGHTS
+from litespark.errors import LitesparkError, UserError
+from litespark.utils.files import HashingFile, write_text_atomically
 
 MAX_SHARD_BYTES = 4 << 30
-INDEX_NAME = "model.safetensors.index.json"
+_BLOCK_BYTES = 32 << 20
 
 
-class ShardWriter:
-    """Collects tensors into files named as transformers expects them.
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that is to be written: its name, shape, and where its rows come from."""
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that is to be written, with its tensors in order."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+
+def plan_files(
+    tensors: Iterable[PlannedTensor], dtype: torch.dtype, max_bytes: int
+) -> list[PlannedFile]:
+    """Distribute tensors over files; a tensor larger than `max_bytes` gets a file of its own."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        num_bytes = math.prod(tensor.shape) * dtype.itemsize
+        if groups[-1] and size + num_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += num_bytes
+    count = len(groups)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [WEIGHTS] if count == 1 else names
+    return [PlannedFile(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write_index(folder: Path, files: Sequence[PlannedFile], dtype: torch.dtype) -> None:
+    """Write which tensor is in which of several files."""
+    tensors = [(tensor, file.name) for file in files for tensor in file.tensors]
+    total = sum(math.prod(tensor.shape) * dtype.itemsize for tensor, _ in tensors)
+    weight_map = {tensor.name: name for tensor, name in tensors}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text_atomically(folder / INDEX, json.dumps(content, indent=2) + "\n")
+
+
+def write_file(
+    path: Path, file: PlannedFile, dtype: torch.dtype, on_bytes: Callable[[int], None]
+) -> str:
+    """Write one file and force it to the disk; returns its SHA-256.
 
     Args:
-        folder: where the files go; nobody else may be reading it yet.
-        max_shard_bytes: size of one file's tensors; a larger tensor gets a file of its own.
+        path: where; must not exist.
+        file: its tensors.
+        dtype: format of the values.
+        on_bytes: told how many bytes of tensors were written.
+
+    Raises:
+        UserError: a value does not fit `dtype`.
+        OSError: the disk is full.
     """
-
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self.num_tensors = 0
-        self.num_parameters = 0
-        self.num_bytes = 0
-        self._folder = folder
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._names_by_shard: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, which must be contiguous and share no memory with another."""
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._write_pending()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self.num_tensors += 1
-        self.num_parameters += tensor.numel()
-        self.num_bytes += tensor.nbytes
-
-    def finish(self) -> list[str]:
-        """Write what is left, give the files their names, and write the index if there are several.
-
-        Returns the files' names.
-        """
-        self._write_pending()
-        count = len(self._names_by_shard)
-        if count == 1:
-            files = ["model.safetensors"]
-        else:
-            files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for index, file in enumerate(files):
-            self._numbered(index).rename(self._folder / file)
-        if count > 1:
-            weight_map = {
-                name: file
-                for file, names in zip(files, self._names_by_shard, strict=True)
-                for name in names
-            }
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-            write_text_atomically(self._folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        return files
-
-    def _numbered(self, index: int) -> Path:
-        return self._folder / f"shard-{index:05d}"
-
-    def _write_pending(self) -> None:
-        path = self._numbered(len(self._names_by_shard))
-        # transformers refuses a file that does not say which framework wrote it.
-        save_file(self._pending, path, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; the folder obeys the umask.
-        path.chmod(self._folder.stat().st_mode & 0o666)
-        _force_to_disk(path)
-        self._names_by_shard.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    output = HashingFile(path)
+    try:
+        output.write(_header(file, dtype))
+        for tensor in file.tensors:
+            num_bytes = 0
+            for block in tensor.blocks():
+                for rows in _in_bounded_rows(block):
+                    values = _as_bytes(convert(tensor.name, rows, dtype))
+                    output.write(values)
+                    num_bytes += values.nbytes
+                    on_bytes(values.nbytes)
+            if num_bytes != math.prod(tensor.shape) * dtype.itemsize:
+                raise LitesparkError(f"{tensor.name} gave {num_bytes} bytes, not {tensor.shape}")
+        return output.close_durably()
+    except BaseException:
+        output.discard()
+        raise
 
 
-def _force_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor in another format.
+
+    Raises:
+        UserError: a value does not fit: float16 ends at 65504, far below the other formats.
+    """
+    converted = tensor.to(dtype).contiguous()
+    if dtype is torch.float16 and bool((converted.isinf() & tensor.isfinite()).any()):
+        raise UserError(
+            f"dtype float16: {name}",
+            f"holds {tensor.abs().max().item():g}, and float16 ends at 65504",
+            "Export as bfloat16 or float32.",
+        )
+    return converted
+
+
+def _header(file: PlannedFile, dtype: torch.dtype) -> bytes:
+    # transformers refuses a file that does not say which framework wrote it.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in file.tensors:
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_bounded_rows(block: Tensor) -> Iterable[Tensor]:
+    row_bytes = max(1, block[0].numel() * block.element_size() if len(block) else 1)
+    return block.split(max(1, _BLOCK_BYTES // row_bytes))
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,12 @@ class Checkpointing(Hook):
 
     A save that fails (the disk is full, the destination is gone) does not end the run: that is
     said, the older checkpoints stay, and the next save tries again.  Only the last one must
-    succeed, because nothing comes after it.
+    succeed, because nothing comes after it.  `on_saved` is told of each checkpoint that is
+    complete, on the first rank and from the background's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_saved: Callable[[Path], None] = lambda checkpoint: None) -> None:
+        self.on_saved = on_saved
         self.saved_step = -1
         self.saver: CheckpointSaver | None = None
         self.mirror: Mirror | None = None
@@ -122,8 +125,8 @@ class Checkpointing(Hook):
             fp8_scales=_fp8_scales(run),
             bf16_layers=sorted(run.policy.moved_layers),
         )
-        saver, report = self._saver(run), _Report(run, self.mirror)
-        with parameters_synchronised(run.chunks):
+        saver, report = self._saver(run), _Report(run, self.mirror, self.on_saved)
+        with run.meters.within("checkpoint"), parameters_synchronised(run.chunks):
             saver.save(run.chunks, run.optimizer, state, dump_config(run.config), report)
         self.saved_step = run.step
         report.waited_seconds = time.perf_counter() - started
@@ -139,7 +142,8 @@ class Checkpointing(Hook):
         if self.saver is None:
             return
         started = time.perf_counter()
-        outcome = self.saver.wait()
+        with run.meters.within("checkpoint"):
+            outcome = self.saver.wait()
         run.timings.checkpoint_seconds += time.perf_counter() - started
         if outcome is not None:
             written(outcome)
@@ -158,6 +162,7 @@ class _Report:
 
     run: TrainingRun
     mirror: Mirror | None
+    on_saved: Callable[[Path], None]
     waited_seconds: float | None = None
 
     def __call__(self, outcome: SaveOutcome) -> None:
@@ -182,6 +187,7 @@ class _Report:
         run.record_event("checkpoint", outcome.checkpoint.name, outcome.step)
         if self.mirror is not None:
             self.mirror.offer(outcome.checkpoint)
+        self.on_saved(outcome.checkpoint)
 
 
 def _report_sending(run: TrainingRun, outcome: SendOutcome) -> None:
@@ -202,7 +208,7 @@ def _report_sending(run: TrainingRun, outcome: SendOutcome) -> None:
 
 
 def _fp8_scales(run: TrainingRun) -> dict[str, list[float]]:
-    """The delayed scales of all pipeline stages; ranks beside each other have the same."""
+    """The FP8 scales of all pipeline stages; ranks beside each other have the same."""
     if run.config.precision.mode != "fp8":
         return {}
     place = run.layout.coordinates(run.process.rank)

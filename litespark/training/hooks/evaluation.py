@@ -27,7 +27,8 @@ class Evaluation(Hook):
             self._evaluate(run)
 
     def _evaluate(self, run: TrainingRun) -> None:
-        loss, *metrics = evaluate_means(run, run.validation, run.config.training.eval_steps)
+        with run.meters.within("evaluation"):
+            loss, *metrics = evaluate_means(run, run.validation, run.config.training.eval_steps)
         self.evaluated_step = run.step
         named = dict(zip(run.objective.metrics, metrics, strict=True))
         self.writer.write_validation(run, loss, named)

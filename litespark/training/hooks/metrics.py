@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
 
-from litespark.metering.energy import EnergyMeter
 from litespark.metering.flops import flops_per_token, mfu, tflops
 from litespark.metering.gpu_peaks import check_below_peak, peak_for_device
 from litespark.metering.memory import peak_memory_bytes
+from litespark.metering.meters import HOST_KEY, KEYS
 from litespark.training.hooks.console import Console
-from litespark.training.hooks.sinks import TensorBoardSink, WandbSink
+from litespark.training.hooks.sinks import (
+    MlflowSink,
+    PrometheusSink,
+    TensorBoardSink,
+    WandbSink,
+)
 from litespark.training.loop import Hook
 from litespark.training.state import Timings, TrainingRun
 from litespark.training.step import StepOutcome, attended_tokens, mean_values
@@ -39,12 +45,18 @@ class MetricsWriter:
         self.is_first = run.process.is_first
         self.file: TextIO | None = None
         self.tensorboard: TensorBoardSink | None = None
-        self.wandb: WandbSink | None = None
+        self.services: list[WandbSink | MlflowSink | PrometheusSink] = []
         if not self.is_first:
             return
         self.console = Console(run)
-        if run.config.logging.wandb_project is not None:
-            self.wandb = WandbSink(run.config.logging.wandb_project, run.config, run.folder)
+        config = run.config
+        if config.logging.wandb_project is not None:
+            self.services.append(WandbSink(config.logging.wandb_project, config, run.folder))
+        if config.logging.mlflow_experiment is not None:
+            self.services.append(MlflowSink(config.logging.mlflow_experiment, config, run.folder))
+        if config.metering.prometheus_port is not None:
+            port, address = config.metering.prometheus_port, config.metering.prometheus_address
+            self.services.append(PrometheusSink(port, address, config))
 
     def begin(self, run: TrainingRun) -> None:
         """Open the files, behind the run's step; what they say of later steps is dropped."""
@@ -76,8 +88,8 @@ class MetricsWriter:
         if self.is_first:
             self.console.close()
             self._close_files()
-            if self.wandb is not None:
-                self.wandb.close()
+            for service in self.services:
+                service.close()
 
     def _close_files(self) -> None:
         for file in (self.file, self.tensorboard):
@@ -95,7 +107,7 @@ class MetricsWriter:
         }
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
-        for sink in (self.tensorboard, self.wandb):
+        for sink in (self.tensorboard, *self.services):
             if sink is not None:
                 sink.write(finite)
 
@@ -109,19 +121,21 @@ class StepMetrics(Hook):
 
     def __init__(self, writer: MetricsWriter) -> None:
         self.writer = writer
-        self.energy = EnergyMeter()
+        self.totals: dict[str, float | None] = dict.fromkeys(KEYS, 0.0)
 
     def on_start(self, run: TrainingRun) -> None:
         """Learn what the rates are held against."""
         model, length = run.config.model, run.config.data.sequence_length
         self.flops_full = flops_per_token(model, length, causal=False)
         self.peak = peak_for_device(run.process.device.name)
+        if run.config.metering.check_power:
+            run.meters.start_polling()
 
     def on_state(self, run: TrainingRun) -> None:
         """Start the counters."""
         self.writer.begin(run)
         self.logged_step = run.step
-        self.joules = self.energy.read_joules()
+        run.meters.enter("training")
         self.read_at_seconds = time.perf_counter()
         run.timings = Timings()
 
@@ -142,6 +156,9 @@ class StepMetrics(Hook):
         step_seconds = run.timings.steps_seconds / steps
         tokens_per_second = run.config.tokens_per_step / step_seconds
         joules, memory_bytes, squared_tokens = self._over_ranks(run)
+        trained = joules["energy_joules"]
+        # What was used before the first step is in no time that is counted here.
+        used = [value for key, value in joules.items() if key not in (HOST_KEY, "idle_joules")]
         attended = attended_tokens(run, squared_tokens, steps)
         # The counter also runs while metrics are written, so power is over all the time elapsed.
         loss, *metrics = mean_values(outcome.loss_and_tokens)
@@ -157,11 +174,11 @@ class StepMetrics(Hook):
             "step_seconds": step_seconds,
             "tokens_per_second": tokens_per_second,
             **self._per_gpu(run, tokens_per_second, attended),
-            "energy_joules": joules,
+            **joules,
             "joules_per_token": (
-                None if joules is None else joules / (steps * run.config.tokens_per_step)
+                None if trained is None else trained / (steps * run.config.tokens_per_step)
             ),
-            "power_watts": None if joules is None else joules / elapsed_seconds,
+            "power_watts": _watts(used, elapsed_seconds),
             "memory_bytes": memory_bytes,
             "data_wait_seconds": run.timings.data_wait_seconds,
             "checkpoint_seconds": run.timings.checkpoint_seconds,
@@ -184,22 +201,47 @@ class StepMetrics(Hook):
             "mfu": mfu(causal, None if self.peak is None else self.peak.bf16_tflops),
         }
 
-    def _over_ranks(self, run: TrainingRun) -> tuple[float | None, int, float]:
-        """Since the last line: energy of all GPUs (null if any is unread), the largest memory, and
-        the sum of all ranks' squared document lengths.
+    def take_joules(self, run: TrainingRun, others: Sequence[float] = ()) -> _Sums:
+        """Joules of all ranks since the last call by `KEYS` (null if any is unread), and the sums
+        of `others`; a collective call.
 
         Runs on the CPU: host values must not wait for the GPU.
         """
-        joules = self.energy.read_joules()
-        known = joules is not None and self.joules is not None
-        used = joules - self.joules if joules is not None and self.joules is not None else 0.0
-        self.joules = joules
-        squared_tokens = run.timings.squared_document_tokens
-        sums = torch.tensor([used, 0.0 if known else 1.0, squared_tokens], dtype=torch.float64)
-        memory = torch.tensor([peak_memory_bytes()])
+        own = run.meters.take()
+        unknown = [float(value is None) for value in own]
+        sums = torch.tensor(
+            [*(value or 0.0 for value in own), *unknown, *others], dtype=torch.float64
+        )
         dist.all_reduce(sums)
+        summed: list[float] = sums.tolist()
+        count = len(own)
+        joules = {
+            key: None if summed[count + index] else summed[index] for index, key in enumerate(KEYS)
+        }
+        for key, value in joules.items():
+            total = self.totals[key]
+            self.totals[key] = None if value is None or total is None else total + value
+        return _Sums(joules, summed[2 * count :])
+
+    def _over_ranks(self, run: TrainingRun) -> tuple[dict[str, float | None], int, float]:
+        """Since the last line: joules by phase, the largest memory of any rank, and the sum of all
+        ranks' squared document lengths.
+        """
+        sums = self.take_joules(run, [run.timings.squared_document_tokens])
+        memory = torch.tensor([peak_memory_bytes()])
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        return (None if sums[1] else float(sums[0])), int(memory), float(sums[2])
+        return sums.joules, int(memory), sums.others[0]
+
+
+class _Sums(NamedTuple):
+    joules: dict[str, float | None]
+    others: list[float]
+
+
+def _watts(joules: Sequence[float | None], seconds: float) -> float | None:
+    """Watts of joules over `seconds`; None if any was not measured."""
+    known = [value for value in joules if value is not None]
+    return sum(known) / seconds if len(known) == len(joules) else None
 
 
 def drop_lines_after(path: Path, step: int) -> None:

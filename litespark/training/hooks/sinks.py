@@ -1,4 +1,7 @@
-"""TensorBoard and Weights & Biases; both take the records of metrics.jsonl as they are."""
+"""TensorBoard, Weights & Biases, MLflow and Prometheus take the records of metrics.jsonl.
+
+All know a figure by its key there; Prometheus with `litespark_` before it, as is its custom.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litespark.config.schema import RunConfig
-from litespark.errors import MissingExtraError
+from litespark.errors import MissingExtraError, UserError
 from litespark.utils.files import write_text_atomically
 
 
@@ -59,6 +62,87 @@ class WandbSink:
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
+
+
+class MlflowSink:
+    """Logs every record to an MLflow run, which a resumed run goes on with.
+
+    Raises:
+        MissingExtraError: the package mlflow is not installed.
+    """
+
+    def __init__(self, experiment: str, config: RunConfig, folder: Path) -> None:
+        try:
+            import mlflow  # type: ignore[import-not-found]
+        except ImportError:
+            raise MissingExtraError("mlflow", "mlflow", "logging.mlflow_experiment") from None
+        self.mlflow = mlflow
+        mlflow.set_experiment(experiment)
+        path = folder / "mlflow_run_id.txt"
+        known = path.read_text(encoding="utf-8").strip() if path.exists() else None
+        run = mlflow.start_run(run_id=known, run_name=config.run.name)
+        if known is None:
+            write_text_atomically(path, run.info.run_id + "\n")
+            mlflow.log_dict(config.model_dump(by_alias=True, mode="json"), "config.yaml")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record."""
+        values = {key: float(value) for key, value in record.items() if value is not None}
+        self.mlflow.log_metrics(values, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.mlflow.end_run()
+
+
+class PrometheusSink:
+    """Serves the newest value of every figure as a gauge; what is null has none.
+
+    Raises:
+        MissingExtraError: the package prometheus_client is not installed.
+        UserError: the port cannot be listened on.
+    """
+
+    def __init__(self, port: int, address: str, config: RunConfig) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, Gauge, start_http_server
+        except ImportError:
+            raise MissingExtraError(
+                "prometheus_client", "prometheus", "metering.prometheus_port"
+            ) from None
+        self.registry = CollectorRegistry()
+        self.make_gauge = Gauge
+        self.gauges: dict[str, Any] = {}
+        self.run_name = config.run.name
+        try:
+            self.server, self.thread = start_http_server(port, address, self.registry)
+        except OSError as error:
+            raise UserError(
+                f"metering.prometheus_port = {port}",
+                f"cannot be listened on at {address} ({error.strerror})",
+                "Take another port, or leave it out.",
+            ) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take over one record; a figure that is null now is not shown with an old value."""
+        for key, value in record.items():
+            if value is not None:
+                if key not in self.gauges:
+                    self.gauges[key] = self.make_gauge(
+                        f"litespark_{key}",
+                        f"{key} in metrics.jsonl",
+                        ["run"],
+                        registry=self.registry,
+                    )
+                self.gauges[key].labels(self.run_name).set(value)
+            elif key in self.gauges:
+                self.gauges[key].clear()
+
+    def close(self) -> None:
+        """Stop the server."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
 
 
 def _wandb_id(folder: Path) -> str:

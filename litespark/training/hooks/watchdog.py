@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from litespark.errors import ExitCode, LitesparkError
 from litespark.parallel.groups import gather_objects
@@ -68,14 +68,18 @@ class Sign:
 
 
 class Board:
-    """Keys that all ranks of a job read and write; a store, or a dictionary for a single rank."""
+    """Keys that all ranks of a job read and write; a store, or a dictionary for a single rank.
 
-    def __init__(self, world_size: int) -> None:
-        self.store: Any = HashStore()
+    `start` names this start of the job: torchrun's store goes on to be used by the next.
+    """
+
+    def __init__(self, world_size: int, start: str) -> None:
+        store: Any = HashStore()
         if world_size > 1:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             wait = timedelta(seconds=10)
-            self.store = TCPStore(host, port, None, False, wait, wait_for_workers=False)
+            store = TCPStore(host, port, None, False, wait, wait_for_workers=False)
+        self.store = PrefixStore(start, store)
 
     def write(self, key: str, value: object) -> None:
         """Set a key to a value of JSON."""
@@ -99,7 +103,8 @@ class Watchdog(Hook):
         self.patience = run.config.resilience.hang_seconds
         self.training_thread = threading.get_ident()
         self.fellows: list[tuple[str, int]] = gather_objects((socket.gethostname(), os.getpid()))
-        self.board = Board(run.process.world_size)
+        host, pid = self.fellows[0]
+        self.board = Board(run.process.world_size, f"{host}/{pid}")
         self.seen_changes, self.since = run.progress.changes, time.monotonic()
         self.next_sign, self.heard = None, time.monotonic()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -3,6 +3,9 @@
 Python imports a module of this name at its start.  FAULT says what happens to the rank FAULT_RANK
 at its FAULT_PASS-th forward pass, or with FAULT_PLACE=save when it first writes a checkpoint, and
 FAULT_ONCE a file that exists once it has happened.
+
+PACE_UNTIL names a file: as long as it is not there, every forward pass of every rank takes half a
+second more, so that a test can do something while the run goes on.
 """
 
 from __future__ import annotations
@@ -50,6 +53,25 @@ def plant() -> None:
     setup.language_modelling_step = faulty
 
 
+def slow_down() -> None:
+    """Make forward passes slow until the file is there."""
+    from litespark.training import setup
+
+    original, until = setup.language_modelling_step, Path(os.environ["PACE_UNTIL"])
+
+    def slow(device):
+        clean = original(device)
+
+        def forward_step(batches, model):
+            if not until.exists():
+                time.sleep(0.5)
+            return clean(batches, model)
+
+        return forward_step
+
+    setup.language_modelling_step = slow
+
+
 def plant_in_save() -> None:
     """Put the fault into the writing of this rank's part of a checkpoint."""
     from litespark.checkpoint import save
@@ -68,3 +90,6 @@ def plant_in_save() -> None:
 # A launcher has no rank; FAULT_ALONE says that this process is none.
 if os.environ.get("RANK", os.environ.get("FAULT_ALONE")) == os.environ.get("FAULT_RANK", "none"):
     plant_in_save() if os.environ.get("FAULT_PLACE") == "save" else plant()
+
+if "PACE_UNTIL" in os.environ and "RANK" in os.environ:
+    slow_down()

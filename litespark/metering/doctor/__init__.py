@@ -1,0 +1,1 @@
+"""What `litespark doctor` looks at: each check of this machine, and of the nodes together."""

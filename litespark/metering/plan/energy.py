@@ -1,0 +1,21 @@
+"""Joules of a step: the power that a computing GPU draws, and that of one that waits.
+
+Hopper runs these steps at its power cap whatever the shape, so that one figure a number format,
+from the measured steps of the calibration, says nearly all.
+"""
+
+from __future__ import annotations
+
+from litespark.config.schema import RunConfig
+from litespark.metering.plan.calibration import Calibration
+from litespark.metering.plan.time import StepTime
+
+JOULES_PER_KILOWATT_HOUR = 3.6e6
+
+
+def step_joules(config: RunConfig, step: StepTime, calibration: Calibration) -> float:
+    """Energy of one GPU over one step."""
+    watts = calibration.busy_watts
+    busy = watts.get(config.precision.mode, max(watts.values()))
+    computing = step.total - step.waiting
+    return busy * computing + min(busy, calibration.waiting_watts) * step.waiting

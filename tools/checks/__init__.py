@@ -1,0 +1,1 @@
+"""Checks that are too long for CI: commands, run by hand, whose results are kept."""
