@@ -35,9 +35,10 @@ from litespark.metering.measurement import (
 )
 from litespark.metering.memory import peak_memory_bytes
 from litespark.parallel.groups import gather_objects, stop_process_group
+from litespark.training.agreement import on_all_ranks
 from litespark.training.preflight import open_data
 from litespark.training.reference import prepare_reference
-from litespark.training.setup import batch_loader, build_run, on_all_ranks, start_processes
+from litespark.training.setup import batch_loader, build_run, start_processes
 from litespark.training.state import TrainingRun
 from litespark.training.step import attended_tokens, mean_loss, train_step
 

@@ -44,6 +44,7 @@ from litespark.models.transformer_config import transformer_config
 from litespark.modules.low_rank import enable_adapters, has_trained_adapters
 from litespark.objectives.dpo import answers_step
 from litespark.parallel.groups import any_rank, gather_objects
+from litespark.training.agreement import on_all_ranks
 from litespark.training.state import TrainingRun
 from litespark.training.step import parameters_synchronised, run_reports
 from litespark.utils.files import atomic_write, write_text_atomically
@@ -95,8 +96,7 @@ def reference_logps(
 
     Read where they have been computed before; a collective call.
     """
-    mine = reference_identity(run.config, shard) if run.process.is_first else {}
-    identity: dict[str, Any] = gather_objects(mine)[0]
+    identity = on_all_ranks(lambda: reference_identity(run.config, shard))
     paths = [folder / f"{identity['sha256'][:16]}.npy" for folder in _folders(run, shard)]
     found = next((logps for path in paths if (logps := _read(path, identity)) is not None), None)
     if all(gather_objects(found is not None)):

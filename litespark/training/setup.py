@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -36,7 +36,7 @@ from litespark.config.schema import RunConfig
 from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.data.storage import is_remote
-from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.errors import LitesparkError, UserError
 from litespark.metering.meters import RunMeters
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
@@ -51,6 +51,7 @@ from litespark.parallel.groups import (
 )
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
+from litespark.training.agreement import on_all_ranks
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight, remote_candidates
@@ -61,7 +62,6 @@ from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
 
 logger = logging.getLogger("litespark.training")
-T = TypeVar("T")
 
 
 def set_up(config: RunConfig) -> TrainingRun:
@@ -148,35 +148,6 @@ def batch_loader(run: TrainingRun, samples: SampleSource) -> BatchLoader:
         consumed_samples=run.consumed_samples,
         document_mask=run.config.data.document_mask,
     )
-
-
-def on_all_ranks(check: Callable[[], T]) -> T:
-    """Run a check on every rank; a mistake found by any is raised by all, so that none waits.
-
-    Raises:
-        LitesparkError: the mistake or fault of the lowest rank that found one.
-    """
-    result, error = None, None
-    try:
-        result = check()
-    except Exception as found:  # whatever it is, the other ranks must not wait for this one
-        error = found
-    is_mistake = isinstance(error, UserError)
-    outcomes = gather_objects(None if error is None else (is_mistake, str(error)))
-    if error is not None and not is_mistake:
-        raise error
-    for rank, outcome in enumerate(outcomes):
-        if outcome is not None:
-            is_mistake, message = outcome
-            raise _Agreed(message) if is_mistake else LitesparkError(f"rank {rank}: {message}")
-    return result  # type: ignore[return-value]
-
-
-class _Agreed(LitesparkError):
-    """A user's mistake whose message was made on some rank."""
-
-    exit_code = ExitCode.USER_ERROR
-    on_every_rank = True
 
 
 def _take_folder(run: TrainingRun) -> TextIO | None:
