@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -81,18 +84,33 @@ class HostBuffers:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._pinned: list[Tensor] = []
         self._used_bytes = 0
+        self._preparation: threading.Thread | None = None
         # Not at the end of the process, when CUDA may be gone already.
         weakref.finalize(self, _unpin, self._pinned).atexit = False
 
+    def prepare(self, size_bytes: int) -> None:
+        """Take and pin memory in the background, so that the first save need not wait for it.
+
+        That is 7 s for 32 GB.  If it fails, `reserve` tries again, and raises.
+        """
+        device = torch.cuda.current_device()  # which a new thread does not inherit
+
+        def take() -> None:
+            with suppress(RuntimeError, MemoryError):
+                self._take(size_bytes, device)
+
+        self._preparation = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
+        self._preparation.start()
+
     def reserve(self, size_bytes: int, *, pinned: bool) -> None:
         """Have room for a save of so many bytes, and forget what the last one copied."""
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
         self._used_bytes = 0
-        if size_bytes <= self._block.numel():
-            return
-        self.release()
-        self._block = torch.empty(size_bytes, dtype=torch.uint8)
-        if pinned:
-            self._pin()
+        if size_bytes > self._block.numel():
+            self.release()
+            self._take(size_bytes, torch.cuda.current_device() if pinned else None)
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Start to copy a tensor into the next free bytes; `finish` waits for all copies.
@@ -123,13 +141,17 @@ class HostBuffers:
         _unpin(self._pinned)
         self._block = torch.empty(0, dtype=torch.uint8)
 
-    def _pin(self) -> None:
-        """Fix the block's pages in memory, so that the GPU writes into them by itself."""
-        device = torch.cuda.current_device()  # which a new thread does not inherit
+    def _take(self, size_bytes: int, device: int | None) -> None:
+        """Take a block, and for a GPU pin it: fix its pages, so that the GPU writes into them."""
+        block = torch.empty(size_bytes, dtype=torch.uint8)
+        if device is not None:
+            self._pin(block.split(_PIN_BYTES), device)
+        self._block = block
+
+    def _pin(self, parts: Sequence[Tensor], device: int) -> None:
         with ThreadPoolExecutor(
             _PINNING_THREADS, initializer=torch.cuda.set_device, initargs=(device,)
         ) as pool:
-            parts = self._block.split(_PIN_BYTES)
             is_pinned = pool.map(_pin, parts)
             self._pinned += [part for part, done in zip(parts, is_pinned, strict=True) if done]
         if len(self._pinned) < len(parts):
@@ -143,6 +165,17 @@ class HostBuffers:
 def padded(size_bytes: int) -> int:
     """Bytes that a tensor takes in the buffers: any dtype may begin where it ends."""
     return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def own_bytes(state: dict[str, Any]) -> int:
+    """Bytes that this rank will copy for a save of such a state; no collective call."""
+    sharded, _ = save_preprocess(state, validate_access_integrity=False)
+    shards = [each for each in nested_values(sharded) if isinstance(each, ShardedTensor)]
+    return sum(
+        padded(_size_bytes(shard.data))
+        for shard in shards
+        if shard.data is not None and is_main_replica(shard.replica_id)
+    )
 
 
 def _pin(part: Tensor) -> bool:

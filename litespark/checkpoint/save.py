@@ -44,6 +44,7 @@ from litespark.checkpoint.host_copy import (
     HostBuffers,
     HostCopy,
     copy_to_host,
+    own_bytes,
     write_shards,
 )
 from litespark.checkpoint.integrity import FileRecord, record_of, write_file, write_marker
@@ -115,6 +116,11 @@ class CheckpointSaver:
         self._buffers = HostBuffers()
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
+
+    def prepare(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+        """On a GPU, begin to take the host memory that saves will need."""
+        if next(chunks[0].parameters()).is_cuda:
+            self._buffers.prepare(own_bytes(run_tensors(chunks, optimizer)))
 
     def save(
         self,

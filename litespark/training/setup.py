@@ -276,8 +276,8 @@ def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
             remotes = remote_candidates(run.config, candidates)
             if remotes:
                 candidates = [fetch_first_whole(remotes, run.folder / "checkpoints")]
-        except LitesparkError as found:
-            error = found
+        except Exception as found:  # whatever it is, the other ranks must not wait for this one
+            error = found if isinstance(found, LitesparkError) else LitesparkError(repr(found))
     # A transfer takes as long as it takes.
     group: Any = dist.new_group(backend="gloo", timeout=NO_LIMIT)
     candidates, error = gather_objects((candidates, error), group)[0]

@@ -104,12 +104,15 @@ def steps_during_a_save_rank(
 
 
 def save_two_rank(rank: int, world_size: int, config_path: str, overrides: list[str]) -> None:
-    """Save step 2 while nothing else goes on."""
+    """Save step 2 while nothing else goes on; the memory it takes is what would be got ready."""
+    from litespark.checkpoint.host_copy import own_bytes
+    from litespark.checkpoint.sharded import run_tensors
     from litespark.training.step import train_step
 
     run, hook, _ = start(config_path, [*overrides, "checkpoint.asynchronous=false"])
     train_step(run), train_step(run)
     hook.save(run)
+    assert hook.saver._buffers._block.numel() == own_bytes(run_tensors(run.chunks, run.optimizer))
     run.train_batches.close() if run.train_batches is not None else None
 
 

@@ -152,6 +152,33 @@ def test_damaged_file_is_built_again_with_one_line(prefix, tmp_path, caplog, dam
     assert file.read_bytes() == whole
 
 
+class Hostile:
+    """Makes a folder when it is unpickled, as `numpy.load(..., allow_pickle=True)` would."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def test_a_hostile_index_runs_nothing_and_is_built_again(prefix, tmp_path, caplog):
+    """An array of objects is a pickle; one of the right length, under the right name."""
+    request, trace = corpus_of(prefix).order_request(0), tmp_path / "trace"
+    cache = IndexCache(str(tmp_path / "index"))
+    path = cache.find(request).path
+    size_bytes = path.stat().st_size
+    array = np.empty(1, dtype=object)
+    array[0] = Hostile(trace)
+    np.save(path, array, allow_pickle=True)
+    path.write_bytes(path.read_bytes().ljust(size_bytes, b"\0"))
+    assert cache.find(request).how == "built"
+    assert "is built again" in caplog.text
+    assert not trace.exists()
+    array = np.load(path, allow_pickle=False)
+    assert array.dtype == np.int64
+
+
 def test_unwritable_folder_gives_the_next_one_and_then_memory(prefix, tmp_path, caplog):
     expected = samples_of(corpus_of(prefix))
     (tmp_path / "a_index").write_text("in the way")  # root may write to a folder without its bit

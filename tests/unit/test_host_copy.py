@@ -123,6 +123,21 @@ def test_all_of_the_block_is_pinned_once_and_unpinned_before_it_is_freed(cuda):
     assert cuda.registered == {}
 
 
+def test_memory_is_got_ready_once_in_the_background_for_the_device_of_the_caller(cuda, monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    buffers = HostBuffers()
+    buffers.prepare(2500)
+    buffers.reserve(2400, pinned=True)
+    assert sorted(cuda.registered.values()) == [500, 1000, 1000]
+    assert devices == [3]
+    tensor = torch.arange(600.0)
+    assert torch.equal(buffers.copy(tensor), tensor)
+    buffers.reserve(3000, pinned=True)  # more than was foreseen
+    assert sorted(cuda.registered.values()) == [1000] * 3
+
+
 def test_memory_that_cannot_be_pinned_is_used_all_the_same_and_that_is_said(cuda, caplog):
     cuda.refused = (2,)
     buffers = HostBuffers()

@@ -271,95 +271,67 @@ def on_cpu(gpus: int) -> list[Phase]:
 
 def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
     """The matrix, the most telling first."""
-    if gpus < 4:
-        return _full_on_two(has_peer=has_peer)
-    one, shapes = Layout(), (PAPER_3B, PAPER_3B_4_GROUPS, PAPER_3B_LONG)
-    short, grouped, long = shapes
-    alone = [short.bench("fp8", one, 1), short.bench("bf16", one, 1)]
-    alone += [short.peer(p, one, 1) for p in ("fp8", "bf16")] if has_peer else []
-    phases = [_beside(alone, gpus, 0.22)]
-    wide = Layout(tensor=2, pipeline=2, virtual=2)
-    deep = Layout(pipeline=4, virtual=7)
-    if gpus == 8 and memory_gib > 100:
-        phases.append(_alone(list(_paper_30b()), 0.4))
-    main = [
-        *(short.bench("fp8", layout, gpus) for layout in (one, wide)),
-        grouped.bench("fp8", Layout(tensor=4), gpus),
-        short.bench("fp8", deep, gpus),
-        *(short.bench("bf16", layout, gpus) for layout in (one, wide)),
-        long.bench("fp8", Layout(context=4 if gpus == 4 else 2), gpus),
-        grouped.bench("bf16", Layout(tensor=4), gpus),
-        short.bench("bf16", deep, gpus),
-        short.bench("fp8", Layout(tensor=2), gpus),
-        PAPER_3B_IN_TURN.bench("fp8", one, gpus, *IN_TURN),
-    ]
-    phases.append(_alone(main, 0.6))
-    if has_peer:
-        peers = [short.peer(p, layout, gpus) for p in ("fp8", "bf16") for layout in (one, wide)]
-        peers.insert(2, grouped.peer("fp8", Layout(tensor=4), gpus))
-        phases.append(_alone(peers, 0.8))
-    checks = list(layouts_to_check(gpus))
+    one = Layout()
+    main, peers, pairs = _on_two() if gpus < 4 else _on_four_or_more(gpus)
+    alone = [PAPER_3B.bench(precision, one, 1) for precision in ("fp8", "bf16")]
+    # The peer on one GPU takes its own processes: where GPUs would have to be waited for, not.
+    alone += [PAPER_3B.peer(p, one, 1) for p in ("fp8", "bf16")] if has_peer and gpus > 2 else []
+    alone += [learning(p, one, 1, preset="llama-160m", steps=20) for p in ("bf16", "fp8")]
     losses = [
-        learning(p, layout, gpus, preset="llama-160m", steps=20)
-        for p in ("bf16", "fp8")
-        for layout in checks
+        learning(precision, layout, gpus, preset="llama-160m", steps=20)
+        for layout in layouts_to_check(gpus)
+        for precision in ("bf16", "fp8")
     ]
-    first = [learning(p, one, 1, preset="llama-160m", steps=20) for p in ("bf16", "fp8")]
-    phases.append(_beside(first, gpus, 0.88))
-    phases.append(_alone([checkpoint(gpus, *BIG_CHECKPOINT), *losses], 0.95))
-    phases.append(_alone([kill(gpus)]))
-    pairs = [one, Layout(tensor=2), Layout(pipeline=2, virtual=7)]
-    phases.append(
-        Phase(
-            (
-                Lane(
-                    0,
-                    (
-                        *(short.bench("fp8", x, 2) for x in pairs),
-                        long.bench("fp8", Layout(context=2), 2),
-                    ),
-                ),
-                Lane(2, tuple(short.bench("bf16", x, 2) for x in pairs)),
-            )
-        )
-    )
-    return phases
+    phases = [_beside(alone, gpus, 0.28)]
+    if gpus == 8 and memory_gib > 100:
+        phases.append(_alone(list(_paper_30b()), 0.5))
+    phases += [
+        _alone(main, 0.66),
+        _alone(peers if has_peer else [], 0.82),
+        # Nothing is timed here but a restart, in whole seconds.
+        Phase((Lane(0, tuple(losses)), Lane(0, (kill(gpus),)))),
+    ]
+    return [*phases, pairs] if pairs is not None else phases
 
 
-def _full_on_two(*, has_peer: bool) -> list[Phase]:
-    one, long = Layout(), Layout(context=2)
-    split, deep = Layout(tensor=2), Layout(pipeline=2, virtual=7)
-    alone = [
-        *(PAPER_3B.bench(precision, one, 1) for precision in ("fp8", "bf16")),
-        *(learning(p, one, 1, preset="llama-160m", steps=20) for p in ("bf16", "fp8")),
-    ]
+def _on_two() -> tuple[list[Case], list[Case], Phase | None]:
+    """Our cases, the peer's, and what runs on pairs of GPUs side by side."""
+    one, split, deep = Layout(), Layout(tensor=2), Layout(pipeline=2, virtual=7)
     main = [
         *(PAPER_3B.bench("fp8", layout, 2) for layout in (one, split, deep)),
-        PAPER_3B_LONG.bench("fp8", long, 2),
+        PAPER_3B_LONG.bench("fp8", Layout(context=2), 2),
         *(PAPER_3B.bench("bf16", layout, 2) for layout in (one, split)),
         checkpoint(2, *BIG_CHECKPOINT),
         PAPER_3B_IN_TURN.bench("fp8", one, 2, *IN_TURN),
         PAPER_3B.bench("bf16", deep, 2),
     ]
-    losses = [
-        learning(precision, layout, 2, preset="llama-160m", steps=20)
-        for layout in (split, deep_enough(deep), long, one)
-        for precision in ("bf16", "fp8")
-    ]
-    peers = [PAPER_3B.peer("fp8", one, 2), PAPER_3B.peer("fp8", split, 2)]
-    peers.append(PAPER_3B.peer("bf16", one, 2))
-    return [
-        _beside(alone, 2, 0.28),
-        _alone(main, 0.66),
-        _alone(peers if has_peer else [], 0.82),
-        # Nothing is timed here but a restart, in whole seconds.
-        Phase((Lane(0, tuple(losses)), Lane(0, (kill(2),)))),
-    ]
+    peers = [PAPER_3B.peer("fp8", layout, 2) for layout in (one, split)]
+    return main, [*peers, PAPER_3B.peer("bf16", one, 2)], None
 
 
-def deep_enough(layout: Layout) -> Layout:
-    """The same with as many chunks as the eight layers of the comparison of losses allow."""
-    return replace(layout, virtual=8 // (2 * layout.pipeline))
+def _on_four_or_more(gpus: int) -> tuple[list[Case], list[Case], Phase | None]:
+    one, split, wide = Layout(), Layout(tensor=4), Layout(tensor=2, pipeline=2, virtual=2)
+    deep, long = Layout(pipeline=4, virtual=7), Layout(context=4 if gpus == 4 else 2)
+    main = [
+        *(PAPER_3B.bench("fp8", layout, gpus) for layout in (one, wide)),
+        PAPER_3B_4_GROUPS.bench("fp8", split, gpus),
+        PAPER_3B.bench("fp8", deep, gpus),
+        *(PAPER_3B.bench("bf16", layout, gpus) for layout in (one, wide)),
+        PAPER_3B_LONG.bench("fp8", long, gpus),
+        checkpoint(gpus, *BIG_CHECKPOINT),
+        PAPER_3B_4_GROUPS.bench("bf16", split, gpus),
+        PAPER_3B.bench("bf16", deep, gpus),
+        PAPER_3B_IN_TURN.bench("fp8", one, gpus, *IN_TURN),
+    ]
+    peers = [
+        *(PAPER_3B.peer("fp8", layout, gpus) for layout in (one, wide)),
+        PAPER_3B_4_GROUPS.peer("fp8", split, gpus),
+        *(PAPER_3B.peer("bf16", layout, gpus) for layout in (one, wide)),
+    ]
+    pairs = [one, Layout(tensor=2), Layout(pipeline=2, virtual=7)]
+    fp8, bf16 = ([PAPER_3B.bench(p, layout, 2) for layout in pairs] for p in ("fp8", "bf16"))
+    fp8.append(PAPER_3B_LONG.bench("fp8", Layout(context=2), 2))
+    return main, peers, Phase((Lane(0, tuple(fp8)), Lane(2, tuple(bf16))))
 
 
 def _paper_30b() -> Iterator[Case]:

@@ -267,9 +267,9 @@ def _same_bits(tensor: Any, other: Any) -> bool:
 
 def _whole_tensors(checkpoint: Path) -> dict[str, Any]:
     import torch
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     folder = str(checkpoint / "state")
     kinds = FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -278,7 +278,7 @@ def _whole_tensors(checkpoint: Path) -> dict[str, Any]:
         for key, kind in kinds.items()
         if isinstance(kind, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return tensors
 
 

@@ -63,7 +63,9 @@ class Checkpointing(Hook):
                 self.mirror.offer(newest)  # a kill may have come before it was sent
 
     def after_step(self, run: TrainingRun, outcome: StepOutcome) -> None:
-        """Save when it is time."""
+        """Save when it is time; after the first step, make ready for it."""
+        if self.saver is None:
+            self._saver(run).prepare(run.chunks, run.optimizer)
         every = run.config.training.save_every
         if every is not None and run.step % every == 0:
             self.save(run)
