@@ -122,6 +122,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
     chunks = _build_model(config, core_config)
     optimizer = build_optimizer(config, chunks)
     _connect(config, core_config, chunks, optimizer)
+    objective = objective_for(config, process.device.device)
     return TrainingRun(
         config=config,
         process=process,
@@ -129,7 +130,8 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         core_config=core_config,
         chunks=chunks,
         optimizer=optimizer,
-        objective=objective_for(config, process.device.device),
+        forward_step=objective.forward_step,
+        metrics=objective.metrics,
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),

@@ -22,7 +22,6 @@ from litespark.data.loader import Batch, BatchLoader
 from litespark.fp8.policy import PrecisionPolicy
 from litespark.metering.meters import RunMeters
 from litespark.objectives.language_modelling import ForwardStep
-from litespark.objectives.objective import Objective
 from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
 from litespark.training.optimizer import TrainingOptimizer
@@ -125,10 +124,10 @@ class TrainingRun:
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
     count over the whole run, resumed parts included; `judges` are asked before each update;
-    `attach_reference` completes the micro-batches of a step with what a reference model says of
-    them, where there is one; `progress` says what this rank is doing, `forward_clock` how long its
-    forward passes take; `folder_lock` is held by the first rank; `has_trained` says that this
-    process has made a step.
+    `metrics` names what is reported beside the loss; `attach_reference` completes the micro-batches
+    of a step with what a reference model says of them, where there is one; `progress` says what
+    this rank is doing, `forward_clock` how long its forward passes take; `folder_lock` is held by
+    the first rank; `has_trained` says that this process has made a step.
     """
 
     config: RunConfig
@@ -137,7 +136,7 @@ class TrainingRun:
     core_config: TransformerConfig
     chunks: list[DistributedDataParallel]
     optimizer: TrainingOptimizer
-    objective: Objective
+    forward_step: ForwardStep
     train_batches: BatchLoader | None
     validation: Blend | None
     reads_tokens: bool
@@ -149,16 +148,12 @@ class TrainingRun:
     progress: Progress = field(default_factory=Progress)
     forward_clock: ForwardClock = field(init=False)
     judges: list[Judge] = field(default_factory=list)
+    metrics: tuple[str, ...] = ()
     attach_reference: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None
     meters: RunMeters = field(default_factory=RunMeters)
 
     def __post_init__(self) -> None:
         self.forward_clock = ForwardClock(self.process.device.type)
-
-    @property
-    def forward_step(self) -> ForwardStep:
-        """The forward pass of one micro-batch, as megatron-core's schedules call it."""
-        return self.objective.forward_step
 
     @property
     def total_steps(self) -> int:

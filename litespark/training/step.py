@@ -211,7 +211,7 @@ def run_schedule(
 
 
 def _no_sums(run: TrainingRun) -> Tensor:
-    size = 2 + len(run.objective.metrics)
+    size = 2 + len(run.metrics)
     return torch.zeros(size, dtype=torch.float64, device=run.process.device.device)
 
 

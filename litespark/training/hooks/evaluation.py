@@ -30,5 +30,5 @@ class Evaluation(Hook):
         with run.meters.within("evaluation"):
             loss, *metrics = evaluate_means(run, run.validation, run.config.training.eval_steps)
         self.evaluated_step = run.step
-        named = dict(zip(run.objective.metrics, metrics, strict=True))
+        named = dict(zip(run.metrics, metrics, strict=True))
         self.writer.write_validation(run, loss, named)

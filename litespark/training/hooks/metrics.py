@@ -168,7 +168,7 @@ class StepMetrics(Hook):
             "step": run.step,
             "tokens": _tokens(run),
             "loss": loss,
-            **dict(zip(run.objective.metrics, metrics, strict=True)),
+            **dict(zip(run.metrics, metrics, strict=True)),
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "step_seconds": step_seconds,
