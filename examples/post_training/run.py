@@ -56,6 +56,7 @@ def main() -> int:
         *("--temperature", "0", "--max-new-tokens", "24"),
     ).strip()
     figures["question"] = question
+    figures["reference_prefers"] = reference_prefers()
     figures["validation"] = {task: validation(task) for task in ("pretrain", "sft", "dpo")}
     figures["minutes"] = (time.monotonic() - started) / 60
     summarize(figures)
@@ -133,6 +134,16 @@ def answers(folder: Path) -> dict[str, Any]:
     }
 
 
+def reference_prefers() -> int:
+    """How many of the pairs held out the model before DPO puts in the chosen order."""
+    import numpy as np
+
+    folder = ROOT / WORK / "data" / "chats_dpo_document_reference"
+    (path,) = folder.glob("*.npy")
+    chosen, rejected = np.load(path).reshape(-1, 2)[-len(held_out()) :].T
+    return int((chosen > rejected).sum())
+
+
 def validation(task: str) -> list[dict[str, Any]]:
     """The evaluations of a run, in order."""
     lines = (ROOT / WORK / task / "metrics.jsonl").read_text().splitlines()
@@ -145,6 +156,10 @@ def summarize(figures: dict[str, Any]) -> None:
     for task in ("pretrain", "sft", "dpo"):
         losses = [f"{record['validation_loss']:.4f}" for record in figures["validation"][task]]
         print(f"   {task}: validation loss {' -> '.join(losses)}")
+    print(
+        f"   before dpo the likelier answer is the chosen one in {figures['reference_prefers']} of "
+        f"{len(held_out())} pairs held out"
+    )
     for record in figures["validation"]["dpo"]:
         print(
             f"   dpo, step {record['step']}: {100 * record['validation_reward_accuracy']:.0f} % of "
