@@ -7,6 +7,7 @@ disk first.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,10 +19,15 @@ from litespark.checkpoint.folder import find_checkpoint
 from litespark.checkpoint.hf.config_json import FILE_NAME
 from litespark.checkpoint.hf.registry import read_model
 from litespark.checkpoint.hf.source import HFSource
+from litespark.checkpoint.integrity import MARKER
 from litespark.checkpoint.run_state import RunState, check_same_model, shape_differences
 from litespark.checkpoint.sharded import model_state
 from litespark.config.schema import ModelConfig
 from litespark.errors import LitesparkError, raise_user_errors
+from litespark.modules.low_rank import is_adapter
+from litespark.utils.files import sha256_of_file
+
+_SAMPLED_BYTES = 1 << 20
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -62,6 +68,8 @@ def fill_from_hf(folder: Path, chunks: Sequence[torch.nn.Module], model: ModelCo
     source = source.with_model(source.model.model_copy(update=padding))
     entry_of = {entry.key: entry for entry in source.entries}
     for piece in _pieces(chunks):
+        if is_adapter(piece.key):  # begins with nothing to add
+            continue
         entry = entry_of.get(piece.key)
         if entry is None or piece.data is None:
             raise LitesparkError(f"{piece.key} is in no table of {source.folder}")
@@ -72,6 +80,25 @@ def fill_from_hf(folder: Path, chunks: Sequence[torch.nn.Module], model: ModelCo
             source.read_columns(entry, layer, (offsets[0], offsets[1]), out)
         else:
             source.read(entry, layer, offsets[0], out)
+
+
+def weights_identity(path: str) -> dict[str, str]:
+    """A digest of what `run.init_from` names, which tells other weights apart.
+
+    Of a checkpoint that of its checksums; of a Hugging Face folder that of its configuration and of
+    each weight file's name, size, first and last MiB.
+    """
+    if not is_hf_folder(path):
+        return {"checkpoint": sha256_of_file(find_checkpoint(path) / MARKER)}
+    digest = hashlib.sha256((Path(path) / FILE_NAME).read_bytes())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size_bytes = file.stat().st_size
+        digest.update(f"{file.name} {size_bytes}".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(_SAMPLED_BYTES))
+            content.seek(max(0, size_bytes - _SAMPLED_BYTES))
+            digest.update(content.read())
+    return {"hugging_face": digest.hexdigest()}
 
 
 def _pieces(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:

@@ -31,6 +31,7 @@ from litespark.checkpoint.sharded import (
 )
 from litespark.errors import UserError
 from litespark.fp8.primary import primary_spec
+from litespark.modules.low_rank import is_adapter
 from litespark.parallel.groups import gather_objects
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_anew, set_random_states
@@ -128,6 +129,16 @@ def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) ->
     return True
 
 
+def _refuse_unwanted_adapters(checkpoint: Path, wanted: dict[str, Any], stored: set[str]) -> None:
+    """Refuse to leave out trained adapters without a word."""
+    if any(map(is_adapter, stored)) and not any(map(is_adapter, requested_keys(wanted))):
+        raise UserError(
+            str(checkpoint),
+            "holds low-rank adapters, and this run has none",
+            "Start from its export (litespark export), which merges them, or set lora as it was.",
+        )
+
+
 def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunState:
     """Load the model alone, for export and generation; all ranks call it together.
 
@@ -137,6 +148,15 @@ def load_weights(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> RunStat
         UserError: the checkpoint cannot be read or does not fit.
     """
     check_readable(checkpoint)
-    loaded = load_sharded(model_state(chunks), checkpoint / STATE)
+    wanted, new_adapters = model_state(chunks), {}
+    stored = stored_keys(checkpoint / STATE)
+    _refuse_unwanted_adapters(checkpoint, wanted, stored)
+    for name, state in wanted.items():
+        # Adapters that begin in this run keep the values that they begin with.
+        new = [key for key in state if is_adapter(key) and state[key].key not in stored]
+        new_adapters[name] = {key: state.pop(key).data for key in new}
+    loaded = load_sharded(wanted, checkpoint / STATE)
+    for name, values in new_adapters.items():
+        loaded[name].update(values)
     _load_chunks(chunks, loaded)
     return RunState.read(checkpoint)

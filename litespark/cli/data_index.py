@@ -76,6 +76,12 @@ def run_index(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}", "is not a positive number", "Give 1 or more.")
     config = load_config(args.config, args.overrides)
+    if config.task != "pretrain":
+        raise UserError(
+            f"task = {config.task}",
+            "packs whole conversations, in memory, and has no sample index",
+            "Start the run without one.",
+        )
     blends = open_data(config)
     for line in packing_lines(blends):
         sys.stdout.write(f"{line}\n")

@@ -12,7 +12,7 @@ from litespark.cli.arguments import (
     add_verify_arguments,
     open_checkpoint,
 )
-from litespark.errors import ExitCode
+from litespark.errors import ExitCode, UserError
 
 _DESCRIPTION = """\
 Write a checkpoint as a folder that Hugging Face's transformers, and what reads its format (vLLM,
@@ -73,6 +73,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="go on with what an export that was cut short has left in OUT_DIR.partial; the "
         "result has the same bytes",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with lora: write the adapters alone, as a folder that peft loads (default: "
+        "the whole model with the adapters merged)",
+    )
     add_verify_arguments(parser)
 
 
@@ -86,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     from litespark.training.single import single_process
 
     checkpoint = open_checkpoint(args)
+    if args.adapter:
+        return _export_adapter(args, checkpoint)
     with single_process(), byte_bar("exporting") as bar:
         options = Exporting(
             dtype=args.dtype,
@@ -108,4 +116,22 @@ def run(args: argparse.Namespace) -> int:
         with single_process():
             result = verify(checkpoint, exported.folder, exported.folder, text_file=text_file)
         print(result.describe())  # noqa: T201
+    return ExitCode.DONE
+
+
+def _export_adapter(args: argparse.Namespace, checkpoint: Path) -> int:
+    from litespark.checkpoint.hf.adapters import export_adapter
+    from litespark.training.single import single_process
+
+    for option, given in (
+        ("--dtype", args.dtype),
+        ("--tokenizer", args.tokenizer),
+        ("--resume", args.resume),
+        ("--verify", args.verify),
+    ):
+        if given:
+            raise UserError(option, "has no effect with --adapter", "Leave it out.")
+    with single_process():
+        count = export_adapter(checkpoint, Path(args.out_dir))
+    print(f"wrote {args.out_dir}: adapters of {count:,} parameters, from {checkpoint}")  # noqa: T201
     return ExitCode.DONE

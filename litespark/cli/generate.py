@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litespark.cli.arguments import add_checkpoint_argument, add_command, open_checkpoint
 from litespark.errors import ExitCode, UserError
+
+if TYPE_CHECKING:  # the help must not wait for it
+    from litespark.data.tokenizers import Tokenizer
 
 _DESCRIPTION = """\
 Load a checkpoint into this process, on the GPU if there is one, and continue a text.  Prints the
@@ -20,6 +23,7 @@ examples:
   litespark generate runs/tiny --prompt "Once upon a time"
   litespark generate runs/tiny --prompt "1 2 3" --temperature 0 --max-new-tokens 16
   litespark generate runs/tiny --prompt="- begins with a dash"
+  litespark generate runs/chat --chat --prompt "What colour is snow?"
   litespark generate runs/tiny --prompt "The" --temperature 1 --top-k 50 --top-p 0.95 --seed 7
 
 exit codes: 0 done, 2 the checkpoint, the prompt or an option is wrong, 1 anything else.
@@ -75,7 +79,23 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATH",
         help="tokenizer folder or file (default: the run's data.tokenizer)",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="TEXT is a user's message: write it with the tokenizer's chat template, and print the "
+        "answer alone",
+    )
     parser.set_defaults(run=run)
+
+
+def _chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    from litespark.data.chat_encoding import open_encoder
+    from litespark.data.conversations import BadRow
+
+    try:
+        return open_encoder(tokenizer).encode_prompt([{"role": "user", "content": text}])
+    except BadRow as bad:
+        raise UserError("--prompt", bad.problem, "Give another text.") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("--prompt", "is not valid UTF-8", "Give the text in UTF-8.") from None
-    prompt = tokenizer.encode(args.prompt)
+    prompt = _chat_prompt(tokenizer, args.prompt) if args.chat else tokenizer.encode(args.prompt)
     with single_process():
         model, _ = load_model(checkpoint)
         new_ids = generate(
@@ -118,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             eos_id=tokenizer.eos_id,
         )
-    text = tokenizer.decode([*prompt, *new_ids])
+    text = tokenizer.decode(new_ids if args.chat else [*prompt, *new_ids])
     encoding = sys.stdout.encoding or "utf-8"  # a terminal that is not UTF-8 gets question marks
     print(text.encode(encoding, errors="replace").decode(encoding))  # noqa: T201
     return ExitCode.DONE

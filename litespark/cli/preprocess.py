@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from litespark.cli.arguments import add_command
 from litespark.cli.exits import unwind_on_sigterm
+from litespark.cli.preprocess_chats import add_chat_arguments, refuse_chat_options, run_chats
 from litespark.errors import UserError
 from litespark.utils.processes import available_cores
 
@@ -40,6 +41,10 @@ Until then the work lies in the folder P.partial.  A job that was killed, or met
 on there with --resume and the same options, and ends with the same bytes; without --resume that
 work is removed.
 
+With --task sft the rows are conversations and with --task dpo preference pairs, in OpenAI's,
+ShareGPT's or Alpaca's layout, written as text by the tokenizer's chat template; the output is
+P_sft_document or P_dpo_document with P_sft_answers or P_dpo_answers, which says what is trained on.
+
 Text is data: "</s>" inside a document is tokenized as text and never becomes a control token.
 Lone surrogates, which no UTF-8 text can hold, become U+FFFD and are counted.
 """
@@ -50,6 +55,8 @@ examples:
   litespark preprocess --input SlimPajama/train --tokenizer llama2/tokenizer.model \\
       --output-prefix data/slim --split-by meta.redpajama_set_name --workers 32 \\
       --on-error skip --resume
+  litespark preprocess --task sft --input chats.jsonl --tokenizer llama3/ \\
+      --output-prefix data/chats --max-length 4096
 
 exit codes: 0 done, 2 the input or an option is wrong (the message names the file and line, or
 why the output's folder cannot be used), 1 anything else (disk full, a process killed); whatever the
@@ -73,6 +80,7 @@ def add_parser(subparsers: Any) -> None:
         help="a tokenizer.json, a sentencepiece tokenizer.model, Llama 3's tokenizer.model, a "
         "tekken.json, or a folder with one of them; local files only",
     )
+    add_chat_arguments(parser)
     parser.add_argument(
         "--json-key",
         nargs="+",
@@ -157,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LitesparkError: see `litespark.data.preprocess.preprocess`.
     """
+    if args.task != "pretrain":
+        return run_chats(args)
+    refuse_chat_options(args)
     return run_options(options_from(args, args.tokenizer, args.json_key))
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from litespark.config.blends import expand_blend
 from litespark.config.metering import MeteringConfig
 from litespark.config.model import ModelConfig
+from litespark.config.post_training import DpoConfig, LoraConfig, Task
 from litespark.config.precision import PrecisionConfig
 from litespark.config.resilience import ResilienceConfig
 from litespark.config.section import Section
@@ -247,7 +248,11 @@ class RunSection(Section):
 class RunConfig(Section):
     """The whole of a run."""
 
-    task: Literal["pretrain"] = Field(default="pretrain", description="What is trained for.")
+    task: Task = Field(
+        default="pretrain",
+        description="pretrain: next tokens of plain text; sft: the answers of conversations; dpo: "
+        "preferences between answers.  The last two read shards of preprocess --task.",
+    )
     seed: int = Field(
         default=1234, ge=0, lt=2**32, description="Seed of the weights and of the sample order."
     )
@@ -258,12 +263,24 @@ class RunConfig(Section):
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
+    lora: LoraConfig | None = None
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mask_documents_of_chats(cls, values: Any) -> Any:
+        """Conversations packed into a sample never see each other: that is no choice."""
+        if isinstance(values, dict) and values.get("task") in ("sft", "dpo"):
+            data = values.get("data")
+            if isinstance(data, dict):
+                values = {**values, "data": {"document_mask": True, **data}}
+        return values
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from litespark.config.schema import PrecisionConfig, RunConfig
 from litespark.config.validate_model import check_model
+from litespark.config.validate_post_training import check_post_training
 from litespark.errors import UserError, raise_user_errors
 
 
@@ -34,6 +35,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_training(config),
         *_check_exports(config),
         *_check_resilience(config),
+        *check_post_training(config),
         *_check_stores(config),
     ]
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,20 @@ class _Node:
 _Tree = _Node | int  # a leaf is the corpus number
 
 
-class Blend:
+class SampleSequence(Protocol):
+    """What a blend mixes: an endless sequence of samples of a shard, a `Corpus` or another."""
+
+    sequence_length: int
+
+    def read(self, index: int, /) -> Sample:
+        """Return sample `index`, 0 or more."""
+        ...
+
+
+C = TypeVar("C", bound=SampleSequence)
+
+
+class Blend(Generic[C]):
     """An endless sequence of samples of several corpora, mixed by `weights` (any positive scale).
 
     Each corpus gives its samples 0, 1, 2, ... in order, each once.
@@ -63,7 +76,7 @@ class Blend:
         UserError: when a weight is not a positive number.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
+    def __init__(self, corpora: Sequence[C], weights: Sequence[float]) -> None:
         if not corpora or len(corpora) != len(weights):
             raise ValueError(f"{len(corpora)} corpora and {len(weights)} weights")
         self.corpora = tuple(corpora)
@@ -151,7 +164,7 @@ def open_blend(
     seed: int,
     index_cache: IndexCache | None = None,
     whole_documents: bool = False,
-) -> Blend | None:
+) -> Blend[Corpus] | None:
     """Open one part of a blend; see `open_blends`."""
     return open_blends(
         entries, split, (part,), sequence_length, seed, index_cache, whole_documents
@@ -166,7 +179,7 @@ def open_blends(
     seed: int,
     index_cache: IndexCache | None = None,
     whole_documents: bool = False,
-) -> list[Blend | None]:
+) -> list[Blend[Corpus] | None]:
     """Open parts of a blend, each shard once; None for a part whose share in `split` is 0.
 
     Args:
@@ -192,17 +205,14 @@ def open_blends(
     weights = normalized_weights([weight for _, weight in entries])
     readers = _open_readers([prefix for prefix, _ in entries])
     kind = PackedCorpus if whole_documents else Corpus
-    blends: list[Blend | None] = []
+    blends: list[Blend[Corpus] | None] = []
     for part in parts:
-        bounds = bounds_of[part]
-        if bounds[0] == bounds[1]:
-            blends.append(None)
-            continue
         corpora = []
         for reader in readers:
-            documents = _document_range(reader, split, part, bounds)
-            corpora.append(kind(reader, documents, sequence_length, seed, index_cache))
-        blends.append(Blend(corpora, weights))
+            documents = part_range(reader.prefix, reader.documents, split, part)
+            if documents is not None:
+                corpora.append(kind(reader, documents, sequence_length, seed, index_cache))
+        blends.append(Blend(corpora, weights) if corpora else None)
     return blends
 
 
@@ -228,18 +238,22 @@ def _open_readers(prefixes: Sequence[str]) -> list[IndexedReader]:
     return readers
 
 
-def _document_range(
-    reader: IndexedReader,
-    split: tuple[float, float, float],
-    part: Part,
-    bounds: tuple[float, float],
-) -> tuple[int, int]:
-    """The documents [first, last) of a shard that belong to a part."""
-    first, last = (round(bound * reader.documents) for bound in bounds)
+def part_range(
+    prefix: str, count: int, split: tuple[float, float, float], part: Part
+) -> tuple[int, int] | None:
+    """The documents [first, last) of a shard's `count` that belong to a part; None for a 0.
+
+    Raises:
+        UserError: a share is no such number, or the part gets no document.
+    """
+    bounds = dict(zip(_PARTS, _split_bounds(split), strict=True))[part]
+    if bounds[0] == bounds[1]:
+        return None
+    first, last = (round(bound * count) for bound in bounds)
     if first == last:
         raise UserError(
             f"data.split = {','.join(f'{share:g}' for share in split)}",
-            f"leaves the {part} part none of the {reader.documents} documents of {reader.prefix}",
+            f"leaves the {part} part none of the {count} documents of {prefix}",
             "Give that part a larger share, or 0 to do without it.",
         )
     return first, last

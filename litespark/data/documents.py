@@ -77,7 +77,7 @@ def parse_line(
             return _not_json(second_error)
         may_hold_surrogates = True
     if not isinstance(value, dict):
-        return f"the line is {_kind(value)}, not an object like {{{json_keys[0]!r}: ...}}"
+        return f"the line is {kind_of(value)}, not an object like {{{json_keys[0]!r}: ...}}"
     for key in json_keys:
         if not isinstance(value.get(key), str):
             return _no_text(value, key)
@@ -93,7 +93,7 @@ def parse_line(
 
 def _no_text(value: dict[str, Any], key: str) -> str:
     if key in value:
-        return f"the value of {key!r} is {_kind(value[key])}, not a string"
+        return f"the value of {key!r} is {kind_of(value[key])}, not a string"
     keys = ", ".join(repr(key) for key in list(value)[:8]) or "none"
     return f"the object has no key {key!r} (its keys: {keys})"[:_MAX_PROBLEM_CHARACTERS]
 
@@ -132,7 +132,8 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
     if value is None:
         return "null"
     kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", str: "a string"}

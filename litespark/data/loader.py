@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from litespark.data.chat_samples import ChatSample
 from litespark.data.sample import Sample
 from litespark.errors import LitesparkError, UserError
 
@@ -56,6 +57,10 @@ class Batch:
         cu_seqlens: int32 [documents + 1], where the documents of all rows begin, the rows one
             after another, and b * s; None without document masks.
         longest_document_tokens: of those documents; 0 without document masks.
+        document_of_bs: int64: which of the rows' chats, from 0 on in the rows' order, a label that
+            counts belongs to, else -1; None of plain text.
+        documents: int64 [chats], their numbers in their shard; None of plain text.
+        reference_logps: float32 [chats], see `ChatSample`; None where there are none.
     """
 
     tokens_bs: torch.Tensor
@@ -64,6 +69,9 @@ class Batch:
     loss_mask_bs: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     longest_document_tokens: int = 0
+    document_of_bs: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
 
 
 class BatchLoader:
@@ -211,4 +219,22 @@ def _batch_of(samples: list[Sample], document_mask: bool) -> Batch:
         loss_mask_bs=torch.from_numpy(mask_bs),
         cu_seqlens=cu_seqlens,
         longest_document_tokens=longest,
+        **_chat_fields(samples),
     )
+
+
+def _chat_fields(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """What a batch of chats has beside that of plain text."""
+    chats = [sample for sample in samples if isinstance(sample, ChatSample)]
+    if not chats:
+        return {}
+    rows, before = [], 0
+    for chat in chats:
+        rows.append(np.where(chat.document_of < 0, -1, chat.document_of + before))
+        before += len(chat.documents)
+    fields = {"document_of_bs": np.stack(rows)}
+    fields["documents"] = np.concatenate([chat.documents for chat in chats])
+    logps = [chat.reference_logps for chat in chats if chat.reference_logps is not None]
+    if logps:
+        fields["reference_logps"] = np.concatenate(logps)
+    return {name: torch.from_numpy(values) for name, values in fields.items()}

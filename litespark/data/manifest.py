@@ -46,11 +46,35 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class ChatRecord:
+    """What a shard of conversations (sft) or preference pairs (dpo) was made of.
+
+    `template_sha256` is of the chat template; of `rows` in the input `kept` are here, `truncated`
+    of them cut at `max_tokens`, and `left_out` counts the others by reason.  `longest_tokens` is
+    the longest conversation or pair, `answer_tokens` how many tokens are trained on, `answers` the
+    files of the shard that says which.
+    """
+
+    task: str
+    template_sha256: str
+    turns: str
+    max_tokens: int | None
+    rows: int
+    kept: int
+    truncated: int
+    left_out: dict[str, int]
+    longest_tokens: int
+    answer_tokens: int
+    answers: ShardFiles
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything known about a shard; `files` holds sizes, digests and counts.
 
     `skipped_bad_lines` counts those of the whole job, which may have written several shards.
-    `split_by` and `subset` name the sub-source whose documents these are, where it was split.
+    `split_by` and `subset` name the sub-source whose documents these are, where it was split;
+    `chats` is of shards for post-training.
     """
 
     tokenizer: TokenizerRecord
@@ -64,6 +88,7 @@ class Manifest:
     prepend_bos: bool = False
     split_by: str | None = None
     subset: str | None = None
+    chats: ChatRecord | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -110,6 +135,8 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
         if not isinstance(sources, list):
             raise TypeError("'sources' is not a list")
         value["sources"] = tuple(_record(SourceRecord, source) for source in sources)
+        if value.get("chats") is not None:
+            value["chats"] = _chat_record(value["chats"])
         return _record(Manifest, value)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
@@ -137,6 +164,15 @@ def _fields_of(kind: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
     """
     known = {field.name: str(field.type) for field in fields(kind)}
     return known, frozenset(field.name for field in fields(kind) if field.default is MISSING)
+
+
+def _chat_record(value: object) -> ChatRecord:
+    if not isinstance(value, dict) or not isinstance(value.get("left_out"), dict):
+        raise TypeError("'chats' is not what was written")
+    counts = value["left_out"].values()
+    if any(not isinstance(count, int) or isinstance(count, bool) for count in counts):
+        raise TypeError("'left_out' does not hold counts")
+    return _record(ChatRecord, {**value, "answers": _record(ShardFiles, value.get("answers"))})
 
 
 def _record(kind: type[Any], value: object) -> Any:

@@ -96,13 +96,13 @@ class OrderRequest:
 
     def build(self) -> EpochOrder:
         """Compute the order in memory: at its peak some 40 bytes a document, 100 packed."""
-        documents = _random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
+        documents = random_order(self.seed, self.epoch, _DOCUMENTS, len(self.span))
         ends_tokens = self.span.lengths_tokens()[documents]
         if self.pieces is None:
             np.cumsum(ends_tokens, out=ends_tokens)
         else:
             documents, ends_tokens = whole_documents(documents, ends_tokens, self.sequence_length)
-        samples = _random_order(self.seed, self.epoch, _SAMPLES, self.samples)
+        samples = random_order(self.seed, self.epoch, _SAMPLES, self.samples)
         return EpochOrder(documents, ends_tokens, samples)
 
     def key(self) -> bytes:
@@ -310,7 +310,10 @@ def _as_stored(table: IntArray) -> IntArray:
     return np.ascontiguousarray(table, dtype="<i8")
 
 
-def _random_order(seed: int, epoch: int, purpose: int, count: int) -> IntArray:
-    """Return a permutation of range(count), int64, that depends on the arguments alone."""
+def random_order(seed: int, epoch: int, purpose: int, count: int) -> IntArray:
+    """Return a permutation of range(count), int64, that depends on the arguments alone.
+
+    `purpose` tells apart the orders of one epoch.
+    """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)

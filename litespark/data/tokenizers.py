@@ -174,6 +174,22 @@ class JsonTokenizer:
 
     @cached_property
     def _library(self) -> Any:
+        tokenizer = self.with_control_tokens()
+        tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+        return tokenizer
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The texts of the special tokens."""
+        added = self._library.get_added_tokens_decoder().values()
+        return tuple(str(token.content) for token in added if token.special)
+
+    def with_control_tokens(self) -> Any:
+        """A `tokenizers.Tokenizer` of the file that takes control tokens in a text as such.
+
+        Raises:
+            UserError: the library cannot read the file.
+        """
         import tokenizers
 
         try:
@@ -185,7 +201,6 @@ class JsonTokenizer:
         # A file may ask for truncation (many published ones do); a document is never cut.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # "</s>" in a text is text
         return tokenizer
 
     def _control_id(

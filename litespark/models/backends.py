@@ -23,6 +23,11 @@ from litespark.config.schema import RunConfig
 from litespark.errors import UserError
 from litespark.fp8.policy import PrecisionPolicy
 from litespark.modules.core_attention import ReferenceCoreAttention
+from litespark.modules.low_rank import (
+    AdaptedColumnParallelLinear,
+    AdaptedRowParallelLinear,
+    with_adapters,
+)
 from litespark.modules.norm import RMSNorm
 
 logger = logging.getLogger("litespark.models")
@@ -42,6 +47,7 @@ class Backend(LocalSpecProvider):
         self.has_head_norm = config.model.qk_norm
         named = config.model.attention
         self.attention: str | None = None if named == "auto" else named
+        self.lora = config.lora
 
     @classmethod
     def obstacle(cls, config: RunConfig) -> str | None:
@@ -67,6 +73,18 @@ class Backend(LocalSpecProvider):
     def normed_linear(self) -> tuple[type, type]:
         """The norm before a block and the block's first linear."""
         return self.layer_norm(rms_norm=True), self.column_parallel_linear()
+
+    def column_parallel_linear(self) -> type:
+        """Linear split over its outputs, with an adapter where the run has them."""
+        if self.lora is None:
+            return super().column_parallel_linear()
+        return with_adapters(AdaptedColumnParallelLinear, self.lora)
+
+    def row_parallel_linear(self) -> type:
+        """Linear split over its inputs, with an adapter where the run has them."""
+        if self.lora is None:
+            return super().row_parallel_linear()
+        return with_adapters(AdaptedRowParallelLinear, self.lora)
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm of every norm slot; there is no other than RMSNorm."""

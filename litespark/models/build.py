@@ -11,6 +11,7 @@ from litespark.models.backends import Backend, select_backend
 from litespark.models.gpt import GPT
 from litespark.models.initialize import initialize_weights
 from litespark.models.layer_specs import block_spec
+from litespark.modules.low_rank import freeze_base
 from litespark.parallel.marks import check_parameter_marks
 
 
@@ -27,6 +28,9 @@ def build_chunks(config: RunConfig, core_config: TransformerConfig) -> list[GPT]
     chunks = [_build_chunk(config, core_config, backend, stage) for stage in stages]
     backend.policy.allocate(next(chunks[0].parameters()).device)
     initialize_weights(chunks, config.seed)
+    if config.lora is not None:
+        for chunk in chunks:
+            freeze_base(chunk)
     for chunk in chunks:
         check_parameter_marks(chunk, core_config)
     return chunks

@@ -21,6 +21,7 @@ from litespark.config.model import ModelConfig, RopeScalingConfig
 from litespark.models.backends import Backend
 from litespark.modules.parameter_hooks import run_forward_pre_hooks
 from litespark.ops.linear_cross_entropy import VocabularyShard, linear_cross_entropy
+from litespark.ops.token_cross_entropy import token_cross_entropy
 
 
 class GPT(GPTModel):
@@ -77,7 +78,7 @@ class GPT(GPTModel):
         position_ids [1, t], those of this context-parallel rank's tokens.
         """
         if kwargs.get("packed_seq_params") is None:
-            return super()._preprocess(*args, **kwargs)
+            return _differentiable(super()._preprocess(*args, **kwargs))
         positions_t = kwargs["position_ids"][0]
         # The table is whole on every rank and has the same length for every batch: megatron-core
         # makes that one for a packing whose longest document has that length.
@@ -85,7 +86,7 @@ class GPT(GPTModel):
         kwargs["packed_seq_params"] = PackedSeqParams(
             qkv_format="thd", max_seqlen_q=length, max_seqlen_kv=length
         )
-        parts: Any = super()._preprocess(*args, **kwargs)
+        parts = _differentiable(super()._preprocess(*args, **kwargs))
         hidden, rotary_s11d, *others = parts
         return hidden, rotary_s11d[positions_t], *others
 
@@ -97,18 +98,21 @@ class GPT(GPTModel):
         Logits [b, s, v] without labels; each token's loss, fp32 [b, s], with labels alone; and,
         given a mask, fp32 [b, s], also the sum of mask * loss, fp32 [].
         """
-        if not self.post_process or labels is None or loss_mask is None:
+        if not self.post_process or labels is None:
             return super()._postprocess(
                 hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
             )
         if self.backend.fused_head:
-            return self._fused_loss_sum(hidden_states, labels, loss_mask)
+            return self._fused_losses(hidden_states, labels, loss_mask)
         losses_bs = super()._postprocess(
             hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
         )
-        return (losses_bs.float() * loss_mask).sum()
+        return losses_bs if loss_mask is None else (losses_bs.float() * loss_mask).sum()
 
-    def _fused_loss_sum(self, hidden_sbh: Tensor, labels_bs: Tensor, mask_bs: Tensor) -> Tensor:
+    def _fused_losses(
+        self, hidden_sbh: Tensor, labels_bs: Tensor, mask_bs: Tensor | None
+    ) -> Tensor:
+        """Losses by token or, given a mask, their sum; no logits of more than a chunk of tokens."""
         group: Any = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_sbh = gather_from_sequence_parallel_region(hidden_sbh, group=group)
@@ -120,13 +124,12 @@ class GPT(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        loss_sum, _ = linear_cross_entropy(
-            hidden_sbh.flatten(0, 1),
-            weight_vh,
-            labels_bs.t().flatten(),
-            mask_bs.t().flatten(),
-            self._vocabulary_shard(weight_vh.size(0)),
-        )
+        inputs = (hidden_sbh.flatten(0, 1), weight_vh, labels_bs.t().flatten())
+        shard = self._vocabulary_shard(weight_vh.size(0))
+        if mask_bs is None:
+            losses_m = token_cross_entropy(*inputs, shard)
+            return losses_m.view(labels_bs.size(1), -1).t()
+        loss_sum, _ = linear_cross_entropy(*inputs, mask_bs.t().flatten(), shard)
         return loss_sum
 
     def _vocabulary_shard(self, num_rows: int) -> VocabularyShard:
@@ -150,6 +153,14 @@ class GPT(GPTModel):
             return logits_sbv
         is_padding_v = torch.arange(local, device=logits_sbv.device) >= num_real
         return logits_sbv.masked_fill(is_padding_v, float("-inf"))
+
+
+def _differentiable(parts: Any) -> Any:
+    """Let a frozen embedding's output have a gradient: recomputed layers have none without it."""
+    hidden: Tensor | None = parts[0]
+    if hidden is not None and torch.is_grad_enabled() and hidden.is_leaf:
+        hidden.requires_grad_()
+    return parts
 
 
 def scale_rope_frequencies(inv_freq: Tensor, scaling: RopeScalingConfig) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litespark.errors import LitesparkError
 from litespark.models.gpt import GPT
+from litespark.modules.low_rank import A_NAME, B_NAME
 from litespark.parallel.rng import named_generator
 
 
@@ -56,7 +57,15 @@ def _fill(chunk: GPT, name: str, parameter: torch.nn.Parameter, seed: int) -> No
         return
     if parameter.dim() != 2:
         raise LitesparkError(f"no rule for the initial value of {name} {tuple(parameter.shape)}")
+    if name.endswith(B_NAME):  # the adapter adds nothing at the start
+        parameter.zero_()
+        return
     std = config.init_method_std
+    if name.endswith(A_NAME):
+        # The variance of torch's own linear, which PEFT gives A: 1 / (3 k).
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        ranks = parallel_state.get_tensor_model_parallel_world_size() if is_split else 1
+        std = 1 / math.sqrt(3 * parameter.size(1) * ranks)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.num_layers)
     if chunk.share_embeddings_and_output_weights and name == "output_layer.weight":

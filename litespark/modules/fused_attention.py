@@ -48,6 +48,7 @@ class FusedSelfAttention(SelfAttention):
             self.pg_collection.tp, sequence_parallel=self.config.sequence_parallel
         )
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights after an optimizer step."""
         self.formats.qkv.refresh(weight_of(self.linear_qkv))

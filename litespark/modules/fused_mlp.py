@@ -60,6 +60,7 @@ class FusedMLP(MLP):
         group: Any = self.tp_group
         self.exchange = Exchange(group, sequence_parallel=config.sequence_parallel)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights after an optimizer step."""
         self.formats.fc1.refresh(weight_of(self.linear_fc1))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litespark.fp8.linear import LinearFormat, Operand, keep_for_weight_gradient
 from litespark.modules.exchange import Exchange
+from litespark.modules.low_rank import adapted_weight
 from litespark.ops.formats import Fp8Matrix, QuantizeSpec
 from litespark.ops.quantize import quantize, transpose
 from litespark.ops.rms_norm import add_rms_norm, recompute_normed, rms_norm_backward
@@ -24,8 +25,11 @@ from litespark.ops.weight_gradient import deliver_weight_gradient
 
 
 def weight_of(module: Any) -> torch.nn.Parameter:
-    """The weight of a module that megatron-core's types know only as something callable."""
-    return module.weight
+    """The weight of a module that megatron-core's types know only as something callable.
+
+    Of a linear with a low-rank adapter the sum of both, which has a gradient of its own.
+    """
+    return adapted_weight(module)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
@@ -60,26 +61,7 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
         batch = next(batches)
         if batch is None:
             return model(None, None, None, labels=None), _no_loss_here
-        parts: dict[str, Any] = {
-            "tokens": batch.tokens_bs,
-            "labels": batch.labels_bs,
-            "position_ids": batch.position_ids_bs,
-            "loss_mask": batch.loss_mask_bs,
-        }
-        parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        packed_seq_params = None
-        if batch.cu_seqlens is not None:
-            parts = {name: part.view(1, -1) for name, part in parts.items()}
-            packed_seq_params = document_bounds(
-                batch.cu_seqlens,
-                batch.longest_document_tokens,
-                device,
-                context=(
-                    parallel_state.get_context_parallel_rank(),
-                    parallel_state.get_context_parallel_world_size(),
-                ),
-            )
-        parts = get_batch_on_this_cp_rank(parts)
+        parts, packed_seq_params = parts_on_device(batch, device, loss_mask=batch.loss_mask_bs)
         output = model(
             parts["tokens"],
             parts["position_ids"],
@@ -91,6 +73,36 @@ def language_modelling_step(device: torch.device) -> ForwardStep:
         return output, partial(token_sum, parts["loss_mask"])
 
     return forward_step
+
+
+def parts_on_device(
+    batch: LanguageBatch, device: torch.device, **more: Tensor
+) -> tuple[dict[str, Any], PackedSeqParams | None]:
+    """This context-parallel rank's part of a batch, [b, s] each, and where documents begin.
+
+    `tokens`, `labels`, `position_ids`, and what else is named in `more`.  With document masks the
+    rows are joined, [1, b s].
+    """
+    parts: dict[str, Any] = {
+        "tokens": batch.tokens_bs,
+        "labels": batch.labels_bs,
+        "position_ids": batch.position_ids_bs,
+        **more,
+    }
+    parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+    packed_seq_params = None
+    if batch.cu_seqlens is not None:
+        parts = {name: part.view(1, -1) for name, part in parts.items()}
+        packed_seq_params = document_bounds(
+            batch.cu_seqlens,
+            batch.longest_document_tokens,
+            device,
+            context=(
+                parallel_state.get_context_parallel_rank(),
+                parallel_state.get_context_parallel_world_size(),
+            ),
+        )
+    return get_batch_on_this_cp_rank(parts), packed_seq_params
 
 
 def _no_loss_here(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

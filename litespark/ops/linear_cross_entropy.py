@@ -441,14 +441,14 @@ def linear_cross_entropy(
     Raises:
         LitesparkError: shapes, dtypes or strides that do not fit.
     """
-    _check_head(hidden_mh, weight_vh, chunk_tokens)
-    _check_tokens(hidden_mh, labels_m, loss_weights_m)
+    check_head(hidden_mh, weight_vh, chunk_tokens)
+    check_tokens(hidden_mh, labels_m, loss_weights_m)
     if torch.is_grad_enabled() and (hidden_mh.requires_grad or weight_vh.requires_grad):
         return _LinearCrossEntropy.apply(
             hidden_mh, weight_vh, labels_m, loss_weights_m, shard, chunk_tokens
         )
     needs = (False, False)
-    losses_m, _, _ = _losses_and_gradients(
+    losses_m, _, _ = losses_and_gradients(
         hidden_mh, weight_vh, labels_m, loss_weights_m, shard, chunk_tokens, needs
     )
     return (losses_m * loss_weights_m).sum(), losses_m
@@ -466,7 +466,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:2]
-        losses_m, dhidden_mh, dweight_vh = _losses_and_gradients(
+        losses_m, dhidden_mh, dweight_vh = losses_and_gradients(
             hidden_mh, weight_vh, labels_m, loss_weights_m, shard, chunk_tokens, needs
         )
         ctx.save_for_backward(dhidden_mh, dweight_vh)
@@ -498,7 +498,7 @@ def _deliver(weight_vh: Tensor, dweight_vh: Tensor, upstream: Tensor) -> Tensor:
     return added_to_main_grad(weight_vh)
 
 
-def _losses_and_gradients(
+def losses_and_gradients(
     hidden_mh: Tensor,
     weight_vh: Tensor,
     labels_m: Tensor,
@@ -545,7 +545,8 @@ def _finish_chunk_(
     )
 
 
-def _check_head(hidden_mh: Tensor, weight_vh: Tensor, chunk_tokens: int) -> None:
+def check_head(hidden_mh: Tensor, weight_vh: Tensor, chunk_tokens: int) -> None:
+    """Refuse hidden states and a weight that do not fit each other."""
     fits = hidden_mh.dim() == weight_vh.dim() == 2 and hidden_mh.size(1) == weight_vh.size(1)
     if not fits or hidden_mh.dtype != weight_vh.dtype or chunk_tokens < 1:
         raise LitesparkError(
@@ -564,7 +565,7 @@ def _check_rows(
             "cross-entropy takes contiguous logits [m, v] with up to v real tokens; got "
             f"{tuple(logits_mv.shape)}, strides {logits_mv.stride()}, {shard.num_real} real tokens"
         )
-    _check_tokens(logits_mv, labels_m, loss_weights_m)
+    check_tokens(logits_mv, labels_m, loss_weights_m)
 
 
 def _check_statistics(logits_mv: Tensor, statistics_r3m: Tensor) -> None:
@@ -576,7 +577,7 @@ def _check_statistics(logits_mv: Tensor, statistics_r3m: Tensor) -> None:
         )
 
 
-def _check_tokens(rows: Tensor, labels_m: Tensor, loss_weights_m: Tensor | None) -> None:
+def check_tokens(rows: Tensor, labels_m: Tensor, loss_weights_m: Tensor | None) -> None:
     """One label and weight for each row."""
     checked = (("labels", labels_m, torch.int64), ("loss weights", loss_weights_m, torch.float32))
     for name, tensor, dtype in checked:

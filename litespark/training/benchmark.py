@@ -35,8 +35,10 @@ from litespark.metering.measurement import (
 )
 from litespark.metering.memory import peak_memory_bytes
 from litespark.parallel.groups import gather_objects, stop_process_group
+from litespark.training.agreement import on_all_ranks
 from litespark.training.preflight import open_data
-from litespark.training.setup import batch_loader, build_run, on_all_ranks, start_processes
+from litespark.training.reference import prepare_reference
+from litespark.training.setup import batch_loader, build_run, start_processes
 from litespark.training.state import TrainingRun
 from litespark.training.step import attended_tokens, mean_loss, train_step
 
@@ -106,6 +108,8 @@ def run_benchmark(config: RunConfig, options: BenchmarkOptions) -> Record:
         process = start_processes(config)
         samples = on_all_ranks(lambda: _check(config, process.world_size, options.reads_data))
         run = build_run(config, process)
+        if samples is not None:
+            prepare_reference(run, samples, None)
         if run.reads_tokens:
             batches = RandomBatches(run) if samples is None else batch_loader(run, samples)
             run.train_batches = batches  # type: ignore[assignment] - all that a step asks for
@@ -123,6 +127,12 @@ def _check(config: RunConfig, world_size: int, reads_data: bool) -> Blend | None
     check_config(config, world_size)
     if reads_data:
         return open_data(config)[0]
+    if config.task != "pretrain":
+        raise UserError(
+            f"task = {config.task}",
+            "is not measured on random tokens, which are no answers",
+            f"Name a shard of preprocess --task {config.task}: --data PREFIX.",
+        )
     if config.data.document_mask:
         raise UserError(
             "data.document_mask = true",
@@ -215,6 +225,7 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
         "accumulate": config.num_micro_batches(run.process.world_size),
         "tokens": "data" if options.reads_data else "random",
         "document_mask": config.data.document_mask,
+        "task": config.task,
         "recompute": config.training.recompute,
         "attention": model.attention,
         "warmup": options.warmup,

@@ -20,6 +20,7 @@ from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig
 from litespark.config.validate import check_config
 from litespark.data.blend import Blend, Part, check_tokenizer, open_blends
+from litespark.data.chat_samples import open_chats
 from litespark.data.sample_index import IndexCache
 from litespark.data.storage import is_remote, require_storage
 from litespark.data.tokenizers import load_tokenizer
@@ -63,8 +64,20 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             )
     elif config.run.init_from is not None:
         check_initial_weights(config.run.init_from, config.model)
+    _check_reference(config, checkpoint)
     _check_output_dir(config)
     return Preflight(train, validation, checkpoint, candidates)
+
+
+def _check_reference(config: RunConfig, checkpoint: Path | None) -> None:
+    """Refuse a run on preferences that would begin with another run's state."""
+    is_own = checkpoint is None or _is_own(checkpoint, config)
+    if config.task == "dpo" and (is_remote(config.run.resume) or not is_own):
+        raise UserError(
+            f"run.resume = {config.run.resume}",
+            "goes on with another run's state, and says not what the reference is",
+            "Set run.init_from to it: its weights are the reference too.",
+        )
 
 
 def checkpoint_candidates(config: RunConfig) -> list[Path]:
@@ -88,9 +101,13 @@ def checkpoint_candidates(config: RunConfig) -> list[Path]:
             )
         return []
     wanted = find_checkpoint(config.run.resume)
-    is_own = wanted.resolve().parent == checkpoints.resolve()
     # Another run's checkpoint is where this run starts; restarted, it goes on from its own.
-    return [wanted] if is_own or not own else own
+    return [wanted] if _is_own(wanted, config) or not own else own
+
+
+def _is_own(checkpoint: Path, config: RunConfig) -> bool:
+    checkpoints = Path(config.run.output_dir) / "checkpoints"
+    return checkpoint.resolve().parent == checkpoints.resolve()
 
 
 def remote_candidates(config: RunConfig, local: Sequence[Path]) -> list[str]:
@@ -142,14 +159,11 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     check_tokenizer(entries, config.model.vocab_size, identity, path)
     evaluates = config.training.eval_every is not None
     parts: tuple[Part, ...] = ("train", "validation") if evaluates else ("train",)
-    train, *rest = open_blends(
-        entries,
-        data.split,
-        parts,
-        data.sequence_length,
-        config.seed,
-        cache,
-        whole_documents=data.packing == "whole",
+    length, seed = data.sequence_length, config.seed
+    train, *rest = (
+        open_blends(entries, data.split, parts, length, seed, cache, data.packing == "whole")
+        if config.task == "pretrain"
+        else open_chats(entries, data.split, parts, length, seed, config.task)
     )
     if train is None:
         raise UserError("data.split", "leaves nothing for training", "Give a training share.")

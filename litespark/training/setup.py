@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -36,13 +36,13 @@ from litespark.config.schema import RunConfig
 from litespark.data.blend import packing_lines
 from litespark.data.loader import BatchLoader, SampleSource
 from litespark.data.storage import is_remote
-from litespark.errors import ExitCode, LitesparkError, UserError
+from litespark.errors import LitesparkError, UserError
 from litespark.metering.meters import RunMeters
 from litespark.models.backends import backend_for
 from litespark.models.build import build_chunks
 from litespark.models.primary_weights import gather_fp8_as_bytes, keep_weights_in_fp8
 from litespark.models.transformer_config import transformer_config
-from litespark.objectives.language_modelling import language_modelling_step
+from litespark.objectives.objective import objective_for
 from litespark.parallel.groups import (
     Process,
     gather_objects,
@@ -51,16 +51,17 @@ from litespark.parallel.groups import (
 )
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
+from litespark.training.agreement import on_all_ranks
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight, remote_candidates
+from litespark.training.reference import prepare_reference
 from litespark.training.same_everywhere import check_same_everywhere, check_same_folder
 from litespark.training.state import TrainingRun
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
 
 logger = logging.getLogger("litespark.training")
-T = TypeVar("T")
 
 
 def set_up(config: RunConfig) -> TrainingRun:
@@ -76,7 +77,17 @@ def set_up(config: RunConfig) -> TrainingRun:
     run.validation = checked.validation
     run.folder_lock = on_all_ranks(lambda: _take_folder(run))
     check_same_folder(run.folder, is_first=run.process.is_first)
-    _resume(run, _candidates(run, checked))
+    checkpoint = newest_whole(_candidates(run, checked), verify=config.checkpoint.verify)
+    if checkpoint is None:
+        run.record_event("started", f"{run.layout.describe()}, {_start_weights(run)}")
+    prepare_reference(
+        run,
+        checked.train,
+        checked.validation,
+        initial_weights=None if checkpoint is None else lambda: _start_weights(run),
+    )
+    if checkpoint is not None:
+        _resume(run, checkpoint)
     if run.process.is_first:
         write_text_atomically(run.folder / "config.yaml", dump_config(config))
         for line in packing_lines((checked.train, checked.validation)):
@@ -111,6 +122,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
     chunks = _build_model(config, core_config)
     optimizer = build_optimizer(config, chunks)
     _connect(config, core_config, chunks, optimizer)
+    objective = objective_for(config, process.device.device)
     return TrainingRun(
         config=config,
         process=process,
@@ -118,7 +130,8 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         core_config=core_config,
         chunks=chunks,
         optimizer=optimizer,
-        forward_step=language_modelling_step(process.device.device),
+        forward_step=objective.forward_step,
+        metrics=objective.metrics,
         train_batches=None,
         validation=None,
         reads_tokens=_reads_tokens(config),
@@ -137,35 +150,6 @@ def batch_loader(run: TrainingRun, samples: SampleSource) -> BatchLoader:
         consumed_samples=run.consumed_samples,
         document_mask=run.config.data.document_mask,
     )
-
-
-def on_all_ranks(check: Callable[[], T]) -> T:
-    """Run a check on every rank; a mistake found by any is raised by all, so that none waits.
-
-    Raises:
-        LitesparkError: the mistake or fault of the lowest rank that found one.
-    """
-    result, error = None, None
-    try:
-        result = check()
-    except Exception as found:  # whatever it is, the other ranks must not wait for this one
-        error = found
-    is_mistake = isinstance(error, UserError)
-    outcomes = gather_objects(None if error is None else (is_mistake, str(error)))
-    if error is not None and not is_mistake:
-        raise error
-    for rank, outcome in enumerate(outcomes):
-        if outcome is not None:
-            is_mistake, message = outcome
-            raise _Agreed(message) if is_mistake else LitesparkError(f"rank {rank}: {message}")
-    return result  # type: ignore[return-value]
-
-
-class _Agreed(LitesparkError):
-    """A user's mistake whose message was made on some rank."""
-
-    exit_code = ExitCode.USER_ERROR
-    on_every_rank = True
 
 
 def _take_folder(run: TrainingRun) -> TextIO | None:
@@ -305,11 +289,7 @@ def _candidates(run: TrainingRun, checked: Preflight) -> list[Path]:
     return candidates
 
 
-def _resume(run: TrainingRun, candidates: list[Path]) -> None:
-    checkpoint = newest_whole(candidates, verify=run.config.checkpoint.verify)
-    if checkpoint is None:
-        run.record_event("started", f"{run.layout.describe()}, {_start_weights(run)}")
-        return
+def _resume(run: TrainingRun, checkpoint: Path) -> None:
     state = _load(run, checkpoint)
     run.consumed_samples = state.consumed_samples
     run.policy.moved_layers = set(state.bf16_layers)

@@ -124,8 +124,10 @@ class TrainingRun:
 
     `train_batches` is None on pipeline stages that read no tokens; `step` and `consumed_samples`
     count over the whole run, resumed parts included; `judges` are asked before each update;
-    `progress` says what this rank is doing, `forward_clock` how long its forward passes take;
-    `folder_lock` is held by the first rank; `has_trained` says that this process has made a step.
+    `metrics` names what is reported beside the loss; `attach_reference` completes the micro-batches
+    of a step with what a reference model says of them, where there is one; `progress` says what
+    this rank is doing, `forward_clock` how long its forward passes take; `folder_lock` is held by
+    the first rank; `has_trained` says that this process has made a step.
     """
 
     config: RunConfig
@@ -146,6 +148,8 @@ class TrainingRun:
     progress: Progress = field(default_factory=Progress)
     forward_clock: ForwardClock = field(init=False)
     judges: list[Judge] = field(default_factory=list)
+    metrics: tuple[str, ...] = ()
+    attach_reference: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None
     meters: RunMeters = field(default_factory=RunMeters)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from litespark.data.loader import Batch, BatchLoader, SampleSource
+from litespark.objectives.language_modelling import ForwardStep
 from litespark.training.schedule import learning_rate
 from litespark.training.state import TrainingRun
 
@@ -24,8 +25,9 @@ from litespark.training.state import TrainingRun
 class StepOutcome:
     """What one step left behind.
 
-    `loss_and_tokens` is fp64 [2] on the device: sum of the losses and number of tokens that this
-    rank saw, zero on ranks that do not hold the last pipeline stage.  `refused` is why the update
+    `loss_and_tokens` is fp64 [2 + metrics] on the device: sum of the losses, number of tokens (or
+    pairs) that this rank saw, and sums of the objective's metrics; zero on ranks that do not hold
+    the last pipeline stage.  `refused` is why the update
     was not made, None when it was; `micro_batches` is what this rank was given.
     """
 
@@ -76,12 +78,12 @@ def _update(
 
 
 @torch.no_grad()
-def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> float:
-    """Mean loss per token over `num_steps` global batches; the same number on every rank.
+def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> list[float]:
+    """Mean loss and metrics, see `mean_values`, over `num_steps` global batches.
 
     Training goes on as if it had not been called: FP8 scales learn nothing from these batches.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
+    total = _no_sums(run)
     with parameters_synchronised(run.chunks), run.policy.unrecorded():
         for chunk in run.chunks:
             chunk.eval()
@@ -89,11 +91,16 @@ def evaluate(run: TrainingRun, batches: BatchLoader | None, num_steps: int) -> f
             total += run_schedule(run, _next_micro_batches(run, batches), forward_only=True)
         for chunk in run.chunks:
             chunk.train()
-    return mean_loss(total)
+    return mean_values(total)
 
 
 def evaluate_samples(run: TrainingRun, samples: SampleSource | None, num_steps: int) -> float:
     """Mean loss over the first `num_steps` global batches of `samples`, the same every time."""
+    return evaluate_means(run, samples, num_steps)[0]
+
+
+def evaluate_means(run: TrainingRun, samples: SampleSource | None, num_steps: int) -> list[float]:
+    """The same with the objective's metrics after the loss."""
     batches = None
     if run.reads_tokens and samples is not None:
         batches = BatchLoader(
@@ -115,9 +122,14 @@ def evaluate_samples(run: TrainingRun, samples: SampleSource | None, num_steps: 
 
 
 def mean_loss(loss_and_tokens: Tensor) -> float:
-    """Loss per token over the whole global batch, from each rank's part; a collective call.
+    """Loss per token (or pair) over the whole global batch; see `mean_values`."""
+    return mean_values(loss_and_tokens)[0]
 
-    0 where no token counts, as the gradient then is.
+
+def mean_values(loss_and_tokens: Tensor) -> list[float]:
+    """Loss and metrics of the whole global batch from each rank's sums; a collective call.
+
+    Divided by the number of tokens, or pairs; 0 where none counts, as the gradient then is.
     """
     total = loss_and_tokens.clone()
     # Typed loosely upstream, as one group or several.
@@ -126,8 +138,8 @@ def mean_loss(loss_and_tokens: Tensor) -> float:
     dist.all_reduce(total, group=replicas)
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(total, src=last_stage, group=stages)
-    loss_sum, num_tokens = total.tolist()
-    return loss_sum / num_tokens if num_tokens else 0.0
+    loss_sum, count, *metric_sums = total.tolist()
+    return [value / count if count else 0.0 for value in (loss_sum, *metric_sums)]
 
 
 def set_learning_rate(run: TrainingRun, rate: float) -> None:
@@ -162,6 +174,8 @@ def _next_micro_batches(run: TrainingRun, batches: BatchLoader | None) -> Sequen
     micro_batches = batches.next_step()
     run.timings.data_wait_seconds += batches.wait_seconds
     run.timings.squared_document_tokens += sum(map(_squared_lengths, micro_batches))
+    if run.attach_reference is not None:
+        return run.attach_reference(micro_batches)
     return micro_batches
 
 
@@ -186,16 +200,40 @@ def _squared_lengths(batch: Batch) -> float:
 def run_schedule(
     run: TrainingRun, micro_batches: Sequence[Batch | None], *, forward_only: bool
 ) -> Tensor:
-    """megatron-core's schedule for these degrees over one global batch; fp64 [2], see StepOutcome.
+    """One global batch forward, and backward; fp64 [2 + metrics], see StepOutcome."""
+    total = _no_sums(run)
+    reports = run_reports(
+        run, run.chunks, run.forward_step, micro_batches, forward_only=forward_only
+    )
+    for report in reports:
+        total += report["loss_and_tokens"]
+    return total
 
+
+def _no_sums(run: TrainingRun) -> Tensor:
+    size = 2 + len(run.metrics)
+    return torch.zeros(size, dtype=torch.float64, device=run.process.device.device)
+
+
+def run_reports(
+    run: TrainingRun,
+    chunks: Sequence[torch.nn.Module],
+    step: ForwardStep,
+    micro_batches: Sequence[Batch | None],
+    *,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """megatron-core's schedule for these degrees over one global batch, with `step` as forward.
+
+    What the last pipeline stage reports of each micro-batch, in their order; nothing elsewhere.
     Under the interleaved schedule every chunk takes the micro-batches from its own iterator.
     """
-    several = len(run.chunks) > 1
+    several = len(chunks) > 1
     # A kernel's first use loads it, for which CUDA may wait until the device is idle.  While a
     # receive is in flight that wait has no end: what it waits for can depend, over the other
     # stages, on what this stage would do next.  So sends overlap once a step has used all kernels.
     run.core_config.overlap_p2p_comm = several and run.has_trained and not forward_only
-    iterators = [iter(micro_batches) for _ in run.chunks]
+    iterators = [iter(micro_batches) for _ in chunks]
     schedule: Any = get_forward_backward_func()
     length, rows = run.config.data.sequence_length, run.config.batch.micro
     if run.config.data.document_mask:  # the rows are joined (`language_modelling.py`)
@@ -204,12 +242,12 @@ def run_schedule(
     def forward_step(*args: Any) -> Any:
         run.progress.next_micro_batch()
         with run.forward_clock.measured():
-            return run.forward_step(*args)
+            return step(*args)
 
     reports: list[dict[str, Any]] = schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
-        model=run.chunks if several else run.chunks[0],
+        model=list(chunks) if several else chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=length,
         micro_batch_size=rows,
@@ -217,7 +255,4 @@ def run_schedule(
         forward_only=forward_only,
     )
     run.has_trained = run.has_trained or not forward_only
-    total = torch.zeros(2, dtype=torch.float64, device=run.process.device.device)
-    for report in reports:
-        total += report["loss_and_tokens"]
-    return total
+    return reports

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from litespark.checkpoint.hf.adapters import open_reader
 from litespark.checkpoint.hf.config_json import FILE_NAME as CONFIG_JSON
 from litespark.checkpoint.hf.folder import (
     GENERATION_CONFIG,
@@ -113,7 +114,7 @@ def export_checkpoint(
             f"dtype {dtype_name}", "is not known", f"Give one of {', '.join(EXPORT_DTYPES)}."
         )
     refuse_taken(out_dir)
-    reader = CheckpointReader(checkpoint, family_of_model(model), model)
+    reader = open_reader(checkpoint, family_of_model(model), model)
     reader.check()
     shipped = _open_tokenizer(checkpoint, state, options.tokenizer)
     dtype = EXPORT_DTYPES[dtype_name]

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litespark.checkpoint.folder import CONFIG
+from litespark.checkpoint.hf.adapters import open_reader
 from litespark.checkpoint.hf.folder import VERIFICATION, write_json
 from litespark.checkpoint.hf.layerwise import hf_hidden, litespark_hidden, logits_of
-from litespark.checkpoint.hf.read import CheckpointReader
 from litespark.checkpoint.hf.registry import family_of_model
 from litespark.checkpoint.hf.source import HFSource
 from litespark.checkpoint.load import load_weights
@@ -188,7 +188,7 @@ def _layer_by_layer(
     checkpoint: Path, config: RunConfig, source: HFSource, ids_s: Tensor
 ) -> tuple[Tensor, Tensor]:
     model = config.model
-    reader = CheckpointReader(checkpoint, family_of_model(model), model)
+    reader = open_reader(checkpoint, family_of_model(model), model)
     ours_sh = litespark_hidden(reader, config, ids_s, source.dtype)
     theirs_sh = hf_hidden(source, ids_s)
     return logits_of(reader, source, ours_sh, theirs_sh)

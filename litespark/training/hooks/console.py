@@ -43,6 +43,7 @@ class Console:
         self.print_line(
             f"step {record['step']}/{self.total_steps} | "
             f"validation loss {record['validation_loss']:.4f}"
+            + "".join(f" | {part}" for part in _reward_parts(record, "validation_"))
         )
 
     def print_line(self, line: str) -> None:
@@ -60,6 +61,7 @@ def step_line(record: dict[str, Any], total_steps: int, tokens_per_step: int) ->
     parts = [
         f"step {record['step']}/{total_steps}",
         f"loss {record['loss']:.4f}",
+        *_reward_parts(record),
         f"lr {record['lr']:.2e}",
         f"grad norm {record['grad_norm']:.3f}",
         f"{record['step_seconds']:.3f} s/step",
@@ -80,6 +82,15 @@ def step_line(record: dict[str, Any], total_steps: int, tokens_per_step: int) ->
             joules = left * tokens_per_step * record["joules_per_token"]
             parts.append(f"{energy(joules)} to the end")
     return " | ".join(parts)
+
+
+def _reward_parts(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """What a run on preferences shows beside its loss."""
+    accuracy = record.get(f"{prefix}reward_accuracy")
+    if accuracy is None:
+        return []
+    margin = record[f"{prefix}reward_margin"]
+    return [f"accuracy {100 * accuracy:.1f} %", f"margin {margin:.3f}"]
 
 
 def duration(seconds: float) -> str:

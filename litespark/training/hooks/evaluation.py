@@ -5,7 +5,7 @@ from __future__ import annotations
 from litespark.training.hooks.metrics import MetricsWriter
 from litespark.training.loop import Hook
 from litespark.training.state import TrainingRun
-from litespark.training.step import StepOutcome, evaluate_samples
+from litespark.training.step import StepOutcome, evaluate_means
 
 
 class Evaluation(Hook):
@@ -28,6 +28,7 @@ class Evaluation(Hook):
 
     def _evaluate(self, run: TrainingRun) -> None:
         with run.meters.within("evaluation"):
-            loss = evaluate_samples(run, run.validation, run.config.training.eval_steps)
+            loss, *metrics = evaluate_means(run, run.validation, run.config.training.eval_steps)
         self.evaluated_step = run.step
-        self.writer.write_validation(run, loss)
+        named = dict(zip(run.metrics, metrics, strict=True))
+        self.writer.write_validation(run, loss, named)

@@ -29,7 +29,7 @@ from litespark.training.hooks.sinks import (
 )
 from litespark.training.loop import Hook
 from litespark.training.state import Timings, TrainingRun
-from litespark.training.step import StepOutcome, attended_tokens, mean_loss
+from litespark.training.step import StepOutcome, attended_tokens, mean_values
 from litespark.utils.files import write_text_atomically
 
 Record = dict[str, Any]
@@ -75,9 +75,10 @@ class MetricsWriter:
         if self.is_first:
             self.console.show_step(record)
 
-    def write_validation(self, run: TrainingRun, loss: float) -> None:
-        """Write the result of an evaluation."""
+    def write_validation(self, run: TrainingRun, loss: float, metrics: Record) -> None:
+        """Write the result of an evaluation; `metrics` are the objective's."""
         record = {"step": run.step, "tokens": _tokens(run), "validation_loss": loss}
+        record.update({f"validation_{name}": value for name, value in metrics.items()})
         self._write(record)
         if self.is_first:
             self.console.show_validation(record)
@@ -160,12 +161,14 @@ class StepMetrics(Hook):
         used = [value for key, value in joules.items() if key not in (HOST_KEY, "idle_joules")]
         attended = attended_tokens(run, squared_tokens, steps)
         # The counter also runs while metrics are written, so power is over all the time elapsed.
+        loss, *metrics = mean_values(outcome.loss_and_tokens)
         now_seconds = time.perf_counter()
         elapsed_seconds, self.read_at_seconds = now_seconds - self.read_at_seconds, now_seconds
         return {
             "step": run.step,
             "tokens": _tokens(run),
-            "loss": mean_loss(outcome.loss_and_tokens),
+            "loss": loss,
+            **dict(zip(run.metrics, metrics, strict=True)),
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "step_seconds": step_seconds,

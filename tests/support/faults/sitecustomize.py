@@ -32,9 +32,9 @@ def break_down(fault: str) -> None:
 
 def plant() -> None:
     """Put the fault into the forward step."""
-    from litespark.training import setup
+    from litespark.objectives import objective
 
-    original, once = setup.language_modelling_step, Path(os.environ["FAULT_ONCE"])
+    original, once = objective.language_modelling_step, Path(os.environ["FAULT_ONCE"])
     passes = 0
 
     def faulty(device):
@@ -50,14 +50,14 @@ def plant() -> None:
 
         return forward_step
 
-    setup.language_modelling_step = faulty
+    objective.language_modelling_step = faulty
 
 
 def slow_down() -> None:
     """Make forward passes slow until the file is there."""
-    from litespark.training import setup
+    from litespark.objectives import objective
 
-    original, until = setup.language_modelling_step, Path(os.environ["PACE_UNTIL"])
+    original, until = objective.language_modelling_step, Path(os.environ["PACE_UNTIL"])
 
     def slow(device):
         clean = original(device)
@@ -69,7 +69,7 @@ def slow_down() -> None:
 
         return forward_step
 
-    setup.language_modelling_step = slow
+    objective.language_modelling_step = slow
 
 
 def plant_in_save() -> None:
