@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
     prepare_data()
-    lora = ["lora.rank=8", "optimizer.lr=3e-3"] if args.lora else []
+    lora = ["lora.rank=8", "optimizer.lr=5e-4"] if args.lora else []
     for task, overrides in (("pretrain", []), ("sft", []), ("dpo", lora)):
         say(f"Train: {task}")
         litespark("train", str(HERE / f"{task}.yaml"), *overrides)
