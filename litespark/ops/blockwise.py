@@ -217,10 +217,10 @@ def _quantize_strip(
     """One tile of each of some lines: a line is a row of the matrix, or a column."""
     line_64, place_64 = line.to(tl.int64), place.to(tl.int64)
     offsets = line_64[:, None] * line_stride + place_64[None, :] * place_stride
+    mask = (line < num_lines)[:, None] & (place < line_length)[None, :]
     if EVEN:
         x = tl.load(x_ptr + offsets).to(tl.float32)
     else:
-        mask = (line < num_lines)[:, None] & (place < line_length)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     amax = tl.max(_magnitude(x), axis=1)
     scale, reciprocal = _scale_of(amax, LIMIT, SMALLEST, POWER_OF_TWO)
@@ -261,8 +261,8 @@ def _quantize_tiles_kernel(
     many of them for as many programs on an SM as hide the wait for the largest value.
     """
     PARTS: tl.constexpr = BLOCK_M // BLOCK_K
-    ROW_PARTS: tl.constexpr = PARTS if ROWS else 0
-    ALL_PARTS: tl.constexpr = ROW_PARTS + (PARTS if COLUMNS else 0)
+    ROW_PARTS: tl.constexpr = PARTS * (1 if ROWS else 0)
+    ALL_PARTS: tl.constexpr = ROW_PARTS + PARTS * (1 if COLUMNS else 0)
     block, part = tl.program_id(0) // ALL_PARTS, tl.program_id(0) % ALL_PARTS
     blocks_k = tl.cdiv(k, BLOCK_M)
     block_m, block_k = block // blocks_k, block % blocks_k

@@ -22,7 +22,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ _LAST_CALL_SECONDS = 10.0  # how long the others may take once MIN nodes are the
 # Between two heartbeats of a node.  Not less: on a busy machine one takes torch a second, and its
 # agent comes to nothing else when the next is always due (seen with 1 s, at a load of 60).
 _HEARTBEAT_SECONDS = 5
+_LAST_WORDS_SECONDS = 10.0  # for the ranks here, when the meeting place is gone
 _NAME_SECONDS = 20.0  # until a pod's name is in Kubernetes' DNS
 
 
@@ -201,9 +202,30 @@ class NodeAgent(LocalElasticAgent):
         super().__init__(spec=spec, logs_specs=DefaultLogsSpecs())
         self.nodes, self.own, self.events = nodes, own, events
         self.handler, self.max_restarts = spec.rdzv_handler, spec.max_restarts
+        self.handler.num_nodes_waiting = self._patiently(self.handler.num_nodes_waiting)
         self.started = time.time()
         self.members: list[Member] = []
         self.ranks_store: TCPStore | None = None
+
+    def _patiently(self, num_nodes_waiting: Callable[[], int]) -> Callable[[], int]:
+        """Take the loss of the meeting place for no news at first.
+
+        The node that holds it may have ended a moment before this one's ranks do, which know why.
+        """
+        lost_since: float | None = None
+
+        def patient() -> int:
+            nonlocal lost_since
+            try:
+                waiting, lost_since = num_nodes_waiting(), None
+            except RendezvousConnectionError:
+                lost_since = time.monotonic() if lost_since is None else lost_since
+                if time.monotonic() - lost_since > _LAST_WORDS_SECONDS:
+                    raise
+                return 0
+            return waiting
+
+        return patient
 
     def exit_code(self, result: RunResult | None) -> int:
         """How this node's ranks ended, after the message that none of them could give."""

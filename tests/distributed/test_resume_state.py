@@ -189,14 +189,17 @@ def test_an_exception_that_is_no_exception_is_one_message(saved, config_path, tm
 
 def places_rank(rank: int, world_size: int, checkpoint: Path) -> list[str]:
     """Read a checkpoint whose index points outside, by training's way and by the export's."""
+    from litespark.checkpoint.hf.families.llama import LLAMA
     from litespark.checkpoint.hf.read import CheckpointReader
+    from litespark.checkpoint.run_state import RunState
     from litespark.checkpoint.sharded import check_readable
     from litespark.errors import UserError
     from megatron_patches import apply_patches
 
     apply_patches("cpu", only=["safe_checkpoint_metadata"])
+    model = RunState.read(checkpoint).model_config()
     said = []
-    for read in (check_readable, CheckpointReader):
+    for read in (check_readable, lambda path: CheckpointReader(path, LLAMA, model)):
         try:
             read(checkpoint)
         except UserError as error:

@@ -114,6 +114,7 @@ def killed_after(monkeypatch, target, name, count):
 
 def test_a_killed_import_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch):
     monkeypatch.setattr(state_writer, "MAX_FILE_BYTES", 20_000)
+    (tmp_path / "whole.partial").mkdir()  # of one killed before anything was complete
     import_hf(made, tmp_path / "whole", Importing())
     with monkeypatch.context() as patch:
         killed_after(patch, state_writer, "_write_file", 3)

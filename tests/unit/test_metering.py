@@ -112,6 +112,46 @@ def test_the_run_schemas_model_has_the_shape():
     assert flops_per_token(model, 4096, causal=True) == flops_per_token(PAPER_3B, 4096, causal=True)
 
 
+@pytest.mark.parametrize(
+    ("preset", "matrices", "length", "causal", "full"),
+    [
+        # By hand: L (h (n + 2 g) d + n d h + 3 h f) + v h; 6 of it + 6 (or 12) L n d s.
+        ("tiny", 4 * (128 * 256 + 128 * 128 + 3 * 128 * 384) + 2048 * 128, 512, 7864320, 9437184),
+        ("paper-3b", 2_223_505_408, 4096, 14_750_318_592, 16_159_604_736),
+        ("paper-30b", 32_315_146_240, 4096, 203_705_548_800, 213_520_220_160),
+        ("llama-160m", 137_822_208, 2048, 940_179_456, 1_053_425_664),
+        ("llama2-7b", 6_607_077_376, 4096, 42_863_689_728, 46_084_915_200),
+        ("llama2-13b", 12_851_609_600, 4096, 82_142_822_400, 87_175_987_200),
+        ("llama3-8b", 7_504_658_432, 4096, 48_249_176_064, 51_470_401_536),
+        ("llama3-70b", 69_501_714_432, 4096, 433_116_413_952, 449_222_541_312),
+        # Tied heads are multiplied with all the same.
+        ("llama3.2-1b", 1_235_746_816, 4096, 8_219_787_264, 9_025_093_632),
+        ("llama3.2-3b", 3_212_574_720, 4096, 21_389_377_536, 23_503_306_752),
+    ],
+)
+def test_flops_of_every_llama_preset(preset, matrices, length, causal, full):
+    from litespark.config import ModelConfig
+
+    model = ModelConfig.model_validate({"preset": preset})
+    layers, hidden, ffn = model.num_layers, model.hidden_size, model.ffn_hidden_size
+    width, groups = (
+        n * model.head_dim for n in (model.num_attention_heads, model.num_query_groups)
+    )
+    layer = hidden * (width + 2 * groups) + width * hidden + 3 * hidden * ffn
+    assert matrix_parameters(model) == layers * layer + model.vocab_size * hidden == matrices
+    attention = 6 * layers * width * length
+    assert flops_per_token(model, length, causal=True) == 6 * matrices + attention == causal
+    assert flops_per_token(model, length, causal=False) == 6 * matrices + 2 * attention == full
+
+
+def test_documents_shorten_what_a_token_attends_to():
+    """Two documents of 1024 and one of 2048 in a sequence: a token's mean document is 1536."""
+    mean = (2 * 1024**2 + 2048**2) / 4096
+    masked = flops_per_token(PAPER_3B, mean, causal=True)
+    whole = flops_per_token(PAPER_3B, 4096, causal=True)
+    assert whole - masked == 6 * 28 * 2048 * (4096 - 1536)
+
+
 def test_mfu():
     rate = tflops(30_000, flops_per_token(PAPER_3B, 4096, causal=True))
     assert rate == pytest.approx(442.5, rel=1e-3)

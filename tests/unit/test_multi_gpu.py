@@ -85,6 +85,8 @@ for case in cases:
             sys.exit(75)
     result = {"pid": os.getpid(), "visible": os.environ["CUDA_VISIBLE_DEVICES"]}
     tell({"event": "end", "name": case["name"], "result": result})
+    if "linger" in case["words"]:
+        time.sleep(600)
     if "leaky" in case["words"]:
         sys.exit(75)
 """
@@ -127,6 +129,12 @@ def test_cases_share_processes_and_others_go_on_after_a_failure(place):
     assert found["d"]["result"]["pid"] != found["a"]["result"]["pid"]
     assert found["e"]["result"]["pid"] != found["d"]["result"]["pid"], "it leaves memory behind"
     assert found["f"]["result"]["visible"] == "2"
+
+
+def test_processes_that_do_not_leave_cost_no_result(place, monkeypatch):
+    monkeypatch.setattr(multi_gpu_lanes, "LEAVE_SECONDS", 0.5)
+    found = run_cases(place, case("a"), case("b", "linger"), case("c", gpus=1))
+    assert all("result" in found[name] for name in "abc")
 
 
 def test_a_hang_is_ended_and_the_time_is_kept(place):

@@ -371,3 +371,24 @@ def test_gloo_listens_where_the_others_are(monkeypatch):
     monkeypatch.setattr(groups, "address_towards", lambda address: "10.0.0.8")
     groups.choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth8"
+
+
+def test_the_loss_of_the_meeting_place_is_no_news_at_first(monkeypatch):
+    """Torch's agent asks ten times a second; the ranks here may be about to say why."""
+    from litespark.training import agent as module
+    from litespark.training.agent import NodeAgent, RendezvousConnectionError
+
+    answers = iter([1, "lost", "lost", 0, "lost", "lost"])
+
+    def ask() -> int:
+        answer = next(answers)
+        if answer == "lost":
+            raise RendezvousConnectionError
+        return answer
+
+    clock = iter([0.0, 0.0, 5.0, 100.0, 100.0, 111.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    patient = NodeAgent._patiently(NodeAgent.__new__(NodeAgent), ask)
+    assert [patient() for _ in range(5)] == [1, 0, 0, 0, 0]
+    with pytest.raises(RendezvousConnectionError):
+        patient()

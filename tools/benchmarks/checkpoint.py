@@ -208,7 +208,9 @@ class Measurement:
         if faults:
             raise SystemExit(f"damaged: {faults}")
         started = time.perf_counter()
-        load_checkpoint(self.checkpoint, self.run.chunks, self.run.optimizer)
+        state = load_checkpoint(self.checkpoint, self.run.chunks, self.run.optimizer)
+        self.run.step = state.step
+        self.run.policy.load_state(state.fp8_scales)
         self.run.policy.weights_changed()
         self.run.process.device.synchronize()
         loaded = time.perf_counter() - started

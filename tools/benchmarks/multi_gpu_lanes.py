@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK_SCRIPT = ROOT / "tools" / "benchmarks" / "multi_gpu_rank.py"
 START_SECONDS = 120.0  # until the first case begins: imports from a cold disk
 LAST_LINES = 40
+LEAVE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 # NVLink multicast can put a host's GPUs out of service that others share (NCCL, torch, NVSHMEM).
 _VARIABLES = {
@@ -186,9 +187,11 @@ class Group:
         while True:
             codes = [process.poll() for process in self.processes]
             self._read_progress()  # after the codes: an ended rank has written all
+            if len(self.done) == len(self.cases):
+                self._let_end()
+                return None
             if all(code == 0 for code in codes):
-                missing = len(self.done) < len(self.cases)
-                return "the processes ended without a result" if missing else None
+                return "the processes ended without a result"
             failed = [rank for rank, code in enumerate(codes) if code]
             if any(codes[rank] == NEEDS_FRESH_PROCESS for rank in failed):
                 return None
@@ -201,6 +204,12 @@ class Group:
                 self._ask_for_stacks()
                 over = "the time was over" if now >= self.deadline else f"took over {limit:.0f} s"
                 return f"ended after {now - self.began:.0f} s: {over}"
+            time.sleep(_POLL_SECONDS)
+
+    def _let_end(self) -> None:
+        """Everything is done: the processes have a moment to leave by themselves."""
+        until = time.monotonic() + LEAVE_SECONDS
+        while time.monotonic() < until and any(p.poll() is None for p in self.processes):
             time.sleep(_POLL_SECONDS)
 
     def _read_progress(self) -> None:

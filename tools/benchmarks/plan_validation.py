@@ -11,6 +11,7 @@ made before anything is measured and come from the built-in calibration of the G
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +23,13 @@ from typing import Any, TextIO
 
 from litespark.cli.bench import build_config
 from litespark.cli.main import parse
+from litespark.config.schema import RunConfig
+from litespark.metering.plan.calibration import load_calibration
+from litespark.metering.plan.communication import NETWORKS
+from litespark.metering.plan.energy import step_joules
+from litespark.metering.plan.fit import config_of
+from litespark.metering.plan.memory import memory_plan
+from litespark.metering.plan.time import step_time
 
 Record = dict[str, Any]
 
@@ -75,10 +83,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="these cases alone")
     parser.add_argument("--gpu", help="calibration (default: that of the GPU that is found)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try this script")
+    parser.add_argument(
+        "--repredict", type=Path, metavar="FILE", help="measure nothing: an earlier --json again"
+    )
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return run_child(args.child)
+    if args.repredict is not None:
+        kept = json.loads(args.repredict.read_text())
+        return finish(repredict(kept, args.gpu or kept["gpu"]), kept["gpu"], args.json)
     gpu = args.gpu or found_gpu()
     names = args.only or list(CASES)
     cases = {name: options_of(name, quick=args.quick) for name in names}
@@ -87,10 +101,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="plan-validation-") as folder:
         measured = measure_all({n: cases[n] for n in fitting}, Path(folder), args.budget_seconds)
     rows = {name: compare(predictions[name], measured.get(name)) for name in names}
+    return finish(rows, gpu, args.json)
+
+
+def finish(rows: dict[str, Record], gpu: str, path: Path | None) -> int:
+    """Print the table and, with a path, keep it."""
     print_table(rows)
-    if args.json is not None:
-        args.json.write_text(json.dumps({"gpu": gpu, "cases": rows}, indent=1) + "\n")
+    if path is not None:
+        path.write_text(json.dumps({"gpu": gpu, "cases": rows}, indent=1) + "\n")
     return 0
+
+
+def repredict(kept: Record, gpu: str) -> dict[str, Record]:
+    """The measured cases of an earlier result, predicted by the planner as it is now.
+
+    The attention library is the one that the result's package versions allow.
+    """
+    rows = {}
+    for name, row in kept["cases"].items():
+        measured = row["measured"]
+        if measured is not None and "error" not in measured:
+            rows[name] = compare(predict_config(config_of(measured), gpu), measured)
+    return rows
 
 
 def options_of(name: str, *, quick: bool) -> list[str]:
@@ -114,22 +146,23 @@ def found_gpu() -> str:
 
 def predict(options: list[str], gpu: str) -> Record:
     """What the planner says of a case."""
-    from litespark.metering.plan.calibration import load_calibration
-    from litespark.metering.plan.communication import NETWORKS
-    from litespark.metering.plan.energy import step_joules
-    from litespark.metering.plan.memory import memory_plan
-    from litespark.metering.plan.time import step_time
+    words = list(options)
+    if importlib.util.find_spec("flash_attn") is None:  # then the choice at run time is cuDNN
+        words.append("model.attention=cudnn")
+    return predict_config(build_config(parse(words), 1), gpu)
 
-    config = build_config(parse(options), 1)
+
+def predict_config(config: RunConfig, gpu: str) -> Record:
+    """Memory, time and energy of a configuration on one GPU."""
     calibration = load_calibration(gpu)
     memory = memory_plan(config, 1)
     seconds = step_time(config, 1, calibration, NETWORKS["infiniband"])
-    tokens = config.tokens_per_step
+    joules = step_joules(config, seconds, calibration)
     return {
         "fits": memory.needed <= calibration.memory_gib * _GIBIBYTE,
         "memory_gib": memory.peak / _GIBIBYTE,
         "step_seconds": seconds.total,
-        "joules_per_1000_tokens": 1000 * step_joules(config, seconds, calibration) / tokens,
+        "joules_per_1000_tokens": 1000 * joules / config.tokens_per_step,
         "memory_parts": memory.as_record(),
         "time_parts": seconds.as_record(),
     }

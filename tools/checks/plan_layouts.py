@@ -61,6 +61,19 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "CP2 x DP2": (4, [_CP2]),
     "TP2 x PP2 x VPP2, tied": (4, [_TP2, _PP2, _VPP2, _TIED]),
     "TP2 x CP2": (4, [_TP2, _CP2]),
+    "DP2 x TP2, weights in FP8 alone": (
+        4,
+        [
+            *(_TP2, "precision.mode=fp8", "precision.primary_weights=fp8"),
+            *("model.hidden_size=64", "model.head_dim=8", "model.ffn_hidden_size=96"),
+            *("model.num_attention_heads=8", "model.backend=triton"),
+            "precision.bf16_last_layers=1",
+        ],
+    ),
+    "TP2, biases and norms of queries and keys": (
+        2,
+        [_TP2, "model.qkv_bias=true", "model.qk_norm=true"],
+    ),
 }
 
 
@@ -86,11 +99,14 @@ def elements_of_rank(
 def _compare(config: Any, rank: int, world_size: int) -> tuple[Bytes, Bytes]:
     from litespark.metering.plan.memory import model_bytes
     from litespark.training import setup
+    from litespark.training.optimizer import FusedOptimizer
 
     process = setup.start_processes(config)
     run = setup.build_run(config, process)
     # The optimizer that trains on a GPU; it makes its moments at the first step.
-    optimizer = setup.build_optimizer(config, run.chunks, fused=True)
+    optimizer: Any = run.optimizer
+    if not isinstance(optimizer, FusedOptimizer):
+        optimizer = setup.build_optimizer(config, run.chunks, fused=True)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
         for parameter in chunk.parameters():

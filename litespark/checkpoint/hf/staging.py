@@ -81,7 +81,7 @@ def staged(final: Path, task: Mapping[str, Any], *, resume: bool) -> Iterator[St
     except OSError as error:
         kept = _keep_or_remove(staging)
         raise LitesparkError(f"{final}: writing failed, {kept} ({error})") from error
-    except (UserError, LitesparkError):
+    except LitesparkError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     except BaseException:
@@ -108,10 +108,10 @@ def refuse_taken(folder: Path) -> None:
 
 
 def _open(folder: Path, final: Path, task: Mapping[str, Any], *, resume: bool) -> Staging:
-    if folder.exists() and not resume:
+    if (folder / JOURNAL).exists() and not resume:  # without it nothing in there is complete
         raise UserError(
             str(folder),
-            "is left of an attempt that was cut short, or of one under way",
+            "is left of an attempt that was cut short, or is being written",
             "Add --resume to go on with it, or delete it.",
         )
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -100,13 +100,18 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Mapping[str, St
     return _read_pickled(folder / _PICKLED)
 
 
-def _by_index(folder: Path, index_name: str, suffix: str, read: object) -> dict[str, StoredTensor]:
+def _by_index(
+    folder: Path,
+    index_name: str,
+    suffix: str,
+    read: Callable[[Path], Mapping[str, StoredTensor]],
+) -> dict[str, StoredTensor]:
     path = folder / index_name
     places = _weight_map(path, suffix)
     found: dict[str, StoredTensor] = {}
     file_of: dict[str, str] = {}
     for name in sorted(set(places.values())):
-        for tensor, place in read(folder / name).items():  # type: ignore[operator]
+        for tensor, place in read(folder / name).items():
             if tensor in found:
                 raise _index_error(path, f"{tensor} is in both {file_of[tensor]} and {name}")
             found[tensor], file_of[tensor] = place, name

@@ -90,7 +90,9 @@ def backend_of(config: RunConfig) -> BackendName:
     """The backend that a GPU run takes: `auto` is `triton` where that can compute the layout."""
     if config.model.backend != "auto":
         return config.model.backend
-    fits = config.model.num_query_groups >= config.parallel.tensor
+    model = config.model
+    is_plain = not model.qkv_bias and not model.qk_norm
+    fits = is_plain and model.num_query_groups >= config.parallel.tensor
     return "triton" if fits or config.precision.mode == "fp8" else "reference"
 
 

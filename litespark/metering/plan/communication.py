@@ -175,12 +175,13 @@ def data_seconds(
     ranks = config.data_parallel_size(world_size) * parallel.context
     if ranks == 1:
         return 0.0
-    elements = model_elements(config, world_size, 0).buffer
+    held = model_elements(config, world_size, 0)
+    elements, weight_bytes = held.buffer, _WEIGHT * held.buffer - held.fp8_buffer
     if not parallel.distributed_optimizer:
         whole = reduce_seconds(_GRADIENT * elements, ranks, parallel.tensor, network)
         return _seen(whole, window_seconds * 2 / 3, hidden=parallel.overlap_grad_reduce)
     scatter = gather_seconds(_GRADIENT * elements, ranks, parallel.tensor, network)
-    gather = gather_seconds(_WEIGHT * elements, ranks, parallel.tensor, network)
+    gather = gather_seconds(weight_bytes, ranks, parallel.tensor, network)
     return _seen(scatter, window_seconds * 2 / 3, hidden=parallel.overlap_grad_reduce) + _seen(
         gather, window_seconds / 3, hidden=parallel.overlap_param_gather
     )

@@ -86,7 +86,7 @@ def model_bytes(config: RunConfig, world_size: int, stage: int, shard: int = 0) 
     elements = model_elements(config, world_size, stage, shard)
     is_single = config.precision.mode == "fp32"
     return {
-        "weights": elements.buffer * (4 if is_single else 2),
+        "weights": elements.buffer * (4 if is_single else 2) - elements.fp8_buffer,
         "gradients": elements.buffer * _MASTER,
         # In fp32 the weights are their own masters.
         "optimizer": elements.owned * _MASTER * (2 if is_single else 3),
@@ -148,12 +148,16 @@ def _layers(config: RunConfig, stage: int) -> tuple[int, int, int]:
 
 
 def _fp8_copies(config: RunConfig, layers: int) -> int:
-    """Every matrix of an FP8 layer in both orientations, made once a step."""
+    """Every matrix of an FP8 layer in both orientations, made once a step.
+
+    Of weights that exist in FP8 alone only the transpose is made.
+    """
     if backend_of(config) == "reference":
         return 0
     matrices = sum(layer_matrices(config.model, config.parallel.tensor).values())
     scales = 4 / 128**2 if config.precision.recipe == "blockwise" else 0
-    return int(layers * matrices * 2 * (1 + scales))
+    orientations = 1 if config.precision.primary_weights == "fp8" else 2
+    return int(layers * matrices * orientations * (1 + scales))
 
 
 def _temporary(config: RunConfig, last_is_fp8: bool, stage: int) -> int:

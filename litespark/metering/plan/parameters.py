@@ -28,11 +28,16 @@ _BUCKET_PER_RANK = 1_000_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight of a rank; `has_own_bucket` as for an embedding that two stages share."""
+    """One weight of a rank; `has_own_bucket` as for an embedding that two stages share.
+
+    `is_linear` is true of what `precision.primary_weights: fp8` keeps in FP8 alone.
+    """
 
     name: str
     numel: int
     has_own_bucket: bool = False
+    layer: int = 0
+    is_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,14 @@ class Buffer:
 
 @dataclass(frozen=True)
 class ModelElements:
-    """Elements that one rank stores, over all of its chunks."""
+    """Elements that one rank stores, over all of its chunks.
+
+    Weights that exist in FP8 alone are in buffers of their own: `fp8_buffer` of `buffer`.
+    """
 
     parameters: int
     buffer: int
+    fp8_buffer: int
     owned: int
     layer_matrices: int
 
@@ -109,13 +118,22 @@ def chunk_parameters(
     if holds_embedding(stage, chunk):
         yield Parameter("embedding", table, model.tie_embeddings and is_split)
     matrices = layer_matrices(model, parallel.tensor)
+
+    def linear(layer: int, name: str) -> Parameter:
+        return Parameter(f"{layer}.{name}", matrices[name], layer=layer, is_linear=True)
+
     for layer in layers_of_chunk(model, parallel, stage, chunk):
         yield Parameter(f"{layer}.input_layernorm", hidden)
-        yield Parameter(f"{layer}.linear_proj", matrices["linear_proj"])
-        yield Parameter(f"{layer}.linear_qkv", matrices["linear_qkv"])
+        yield linear(layer, "linear_proj")
+        yield linear(layer, "linear_qkv")
+        if model.qkv_bias:
+            yield Parameter(f"{layer}.linear_qkv.bias", matrices["linear_qkv"] // hidden)
+        if model.qk_norm:
+            yield Parameter(f"{layer}.q_layernorm", model.head_dim)
+            yield Parameter(f"{layer}.k_layernorm", model.head_dim)
         yield Parameter(f"{layer}.pre_mlp_layernorm", hidden)
-        yield Parameter(f"{layer}.linear_fc1", matrices["linear_fc1"])
-        yield Parameter(f"{layer}.linear_fc2", matrices["linear_fc2"])
+        yield linear(layer, "linear_fc1")
+        yield linear(layer, "linear_fc2")
     if holds_head(parallel, stage, chunk):
         yield Parameter("final_layernorm", hidden)
         if not model.tie_embeddings or is_split:
@@ -181,25 +199,45 @@ def model_elements(config: RunConfig, world_size: int, stage: int, shard: int = 
     alike = parallel.model_copy(update={"context": 1, "sequence": False})
     model: Any = config.model  # frozen sections have a hash, which their type does not tell
     sections: Any = alike
-    return _elements(model, sections, num_shards, stage, shard)
+    return _elements(model, sections, num_shards, stage, shard, _layers_in_fp8_alone(config))
+
+
+def _layers_in_fp8_alone(config: RunConfig) -> tuple[int, int]:
+    """The first and the last layer, from 1, whose weights exist in FP8 alone; none: (1, 0)."""
+    precision = config.precision
+    if precision.mode != "fp8" or precision.primary_weights != "fp8":
+        return 1, 0
+    first = precision.bf16_first_layers + 1
+    return first, config.model.num_layers - precision.bf16_last_layers
 
 
 @lru_cache(maxsize=4096)
 def _elements(
-    model: ModelConfig, parallel: ParallelConfig, num_shards: int, stage: int, shard: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    num_shards: int,
+    stage: int,
+    shard: int,
+    in_fp8_alone: tuple[int, int],
 ) -> ModelElements:
-    parameters = buffer = owned = matrices = 0
+    first, last = in_fp8_alone
+    parameters = buffer = fp8_buffer = owned = matrices = 0
+    sharded = parallel.distributed_optimizer
     for chunk in range(parallel.virtual_pipeline):
         held = list(chunk_parameters(model, parallel, stage, chunk))
         size = bucket_elements(parallel, num_shards, stage, chunk)
-        laid = lay_out(held, num_shards, size, sharded=parallel.distributed_optimizer)
-        count = sum(parameter.numel for parameter in held)
-        parameters += count
-        buffer += laid.numel
-        owned += laid.owned(shard, num_shards) if parallel.distributed_optimizer else count
+        in_fp8 = [p for p in held if p.is_linear and first <= p.layer <= last]
+        others = [p for p in held if not (p.is_linear and first <= p.layer <= last)]
+        for alike in (in_fp8, others):
+            laid = lay_out(alike, num_shards, size, sharded=sharded)
+            count = sum(parameter.numel for parameter in alike)
+            parameters += count
+            buffer += laid.numel
+            fp8_buffer += laid.numel if alike is in_fp8 else 0
+            owned += laid.owned(shard, num_shards) if sharded else count
         layers = len(layers_of_chunk(model, parallel, stage, chunk))
         matrices += layers * sum(layer_matrices(model, parallel.tensor).values())
-    return ModelElements(parameters, buffer, owned, matrices)
+    return ModelElements(parameters, buffer, fp8_buffer, owned, matrices)
 
 
 def _ceil(number: int, multiple: int) -> int:
