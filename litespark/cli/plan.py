@@ -73,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
     from litespark.utils.files import write_text_atomically
 
     config = load_config(args.config, args.overrides)
+    if config.task == "dpo" or config.lora is not None:
+        raise UserError(
+            f"task = {config.task}" if config.task == "dpo" else "lora",
+            "is not planned: reference models and adapters have no memory model yet",
+            "Plan pre-training or full fine-tuning (task pretrain or sft, no lora).",
+        )
     calibration = load_calibration(args.gpu)
     network = network_of(args.network, _gpus_per_node(args.gpus, args.nodes))
     if args.json is not None and not args.json.parent.is_dir():

@@ -64,7 +64,7 @@ def test_measured_steps_are_predicted(path):
     memory = memory_plan(config, 1).peak / GIB
     assert memory == pytest.approx(record["peak_memory_gib"], rel=0.01)
     seconds = step_time(config, 1, load_calibration(gpu), NETWORKS["efa"]).total
-    assert seconds == pytest.approx(record["step_seconds"]["median"], rel=0.05)
+    assert seconds == pytest.approx(record["step_seconds"]["median"], rel=0.07)  # the goal
 
 
 def test_what_was_predicted_and_then_measured():

@@ -36,7 +36,7 @@ def config_of(record: Record) -> RunConfig:
     precision = {
         key: value
         for key, value in record["precision"].items()
-        if key in ("mode", "recipe", "fc1_output")
+        if key in ("mode", "recipe", "fc1_output", "primary_weights")
         and (key == "mode" or record["precision"]["mode"] == "fp8")
     }
     attention = record.get("attention", "auto")
