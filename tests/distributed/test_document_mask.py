@@ -100,7 +100,7 @@ def alone_rank(rank, world_size, config_path, overrides):
         packed_seq_params=document_bounds(batch.cu_seqlens, batch.longest_document_tokens),
     )
     apart = torch.cat([losses_of(one.tokens_bs, one.labels_bs) for one in documents], dim=1)
-    unmasked = losses_of(batch.tokens_bs, batch.labels_bs).view(1, -1)
+    unmasked = losses_of(batch.tokens_bs, batch.labels_bs).reshape(1, -1)
     return (
         (together.numpy(), *train_on([batch])),
         (apart.numpy(), *train_on(documents)),
