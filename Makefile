@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART ?= full
+# Two files of tests at a time: they wait for each other's processes as much as they compute.
+PYTEST_WORKERS ?= 2
 PYTEST_ARGUMENTS ?=
 
 .PHONY: install test test-launch lint types quickstart clean
@@ -25,7 +27,7 @@ $(VENV)/.installed: pyproject.toml setup.py tools/install_torch.py
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGUMENTS)
 
 # Several hosts and a real Slurm on this machine: root, iproute2, and Debian's slurmctld, slurmd,
 # slurm-client and munge; what cannot be had is skipped, and the reason printed.
