@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 import yaml
 
 from litespark.cli import generate as command
+from litespark.cli.main import build_parser
 from litespark.models.generate import Sampling, generate
 from litespark.modules.fused_layer import FusedTransformerLayer
 from litespark.training import single
@@ -65,17 +64,10 @@ def test_a_checkpoint_of_fused_layers_is_continued(mode, tmp_path, capsys, monke
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     run_distributed(train_and_save_rank, 1, str(path), [], 3)
-    args = argparse.Namespace(
-        checkpoint=str(tmp_path / "run"),
-        prompt="the cat and",
-        max_new_tokens=12,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        seed=1,
-        no_verify=False,
-        tokenizer=str(write_tokenizer(tmp_path / "tokenizer")),
-    )
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    words = ["--prompt", "the cat and", "--max-new-tokens", "12", "--temperature", "0"]
+    words += ["--seed", "1", "--tokenizer", str(tokenizer)]
+    args = build_parser(["generate"]).parse_args(["generate", str(tmp_path / "run"), *words])
     assert command.run(args) == 0
     plain = capsys.readouterr().out
     chosen = single._for_this_machine
