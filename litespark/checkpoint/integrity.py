@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -199,6 +199,38 @@ def quick_faults(checkpoint: Path) -> list[str]:
         for name, record in records.items()
         if (fault := _size_fault(checkpoint / name, record))
     ]
+
+
+def first_intact(candidates: Sequence[Path]) -> Path | None:
+    """The first that looks whole without its tensors being read; None without candidates.
+
+    Raises:
+        UserError: there are candidates, and none is whole.
+    """
+    faults: dict[Path, list[str]] = {}
+    for checkpoint in candidates:
+        faults[checkpoint] = quick_faults(checkpoint)
+        if not faults[checkpoint]:
+            return checkpoint
+    return none_is_whole(faults)
+
+
+def none_is_whole(faults: dict[Path, list[str]]) -> None:
+    """Refuse to go on when each of these is damaged; without any there is nothing to say.
+
+    Raises:
+        UserError: there are some.
+    """
+    if not faults:
+        return
+    if len(faults) == 1:
+        raise DamagedCheckpoint(*next(iter(faults.items())))
+    said = "; ".join(describe(each[:1]) for each in faults.values())
+    raise UserError(
+        str(next(iter(faults)).parent),
+        f"holds {len(faults)} checkpoints and each is damaged: {said}",
+        "Restore one from a copy, or start anew in another run.output_dir.",
+    )
 
 
 def share_faults(checkpoint: Path, share: int = 0, num_shares: int = 1) -> list[str]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.folder import find_checkpoint, newest_first
 from litespark.checkpoint.initial_weights import check_initial_weights
+from litespark.checkpoint.integrity import first_intact
 from litespark.checkpoint.mirror import remote_checkpoints
 from litespark.checkpoint.run_state import RunState, check_same_model
 from litespark.config.schema import RunConfig

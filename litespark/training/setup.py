@@ -25,7 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from litespark.checkpoint.choose import newest_whole
 from litespark.checkpoint.folder import find_checkpoint
-from litespark.checkpoint.initial_weights import fill_from_hf, is_hf_folder
+from litespark.checkpoint.hf.fill import fill_from_hf
+from litespark.checkpoint.initial_weights import is_hf_folder
 from litespark.checkpoint.load import load_checkpoint, load_random_states, load_weights
 from litespark.checkpoint.mirror import fetch_first_whole
 from litespark.checkpoint.run_state import RunState, check_same_model

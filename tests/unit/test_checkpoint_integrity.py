@@ -10,12 +10,12 @@ import shutil
 import pytest
 import xxhash
 
-from litespark.checkpoint.choose import first_intact
 from litespark.checkpoint.integrity import (
     MARKER,
     ChecksumFile,
     DamagedCheckpoint,
     check_whole,
+    first_intact,
     quick_faults,
     read_marker,
     record_of,
