@@ -39,6 +39,7 @@ PATCH_NAMES = (
     "distopt_bucket_padding",
     "refuse_silent_faults",
     "safe_checkpoint_metadata",
+    "read_side_by_side",
 )
 
 _LOGGER = logging.getLogger("litespark.patches")

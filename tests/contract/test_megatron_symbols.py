@@ -68,6 +68,9 @@ SIGNATURES = {
     f"{CHECKPOINT}.strategies.torch.TorchDistLoadShardedStrategy.load": (
         "self sharded_state_dict checkpoint_dir"
     ),
+    # read_side_by_side
+    f"{CHECKPOINT}.strategies.torch._get_filesystem_reader": "checkpoint_dir cache_metadata",
+    f"{TORCH_CHECKPOINT}.filesystem.FileSystemReader.read_data": "self plan planner",
 }
 
 # Fields of the configuration that a guard reads.
@@ -97,6 +100,7 @@ SOURCES = {
     f"{TORCH_CHECKPOINT}.filesystem.FileSystemReader.read_metadata": "pickle.load(",
     f"{TORCH_CHECKPOINT}.default_planner.DefaultLoadPlanner.load_bytes": "weights_only=False",
     f"{CHECKPOINT}.strategies.common.TorchCommonLoadStrategy.load_common": "torch.load(",
+    f"{CHECKPOINT}.strategies.torch._get_filesystem_reader": "CachedMetadataFileSystemReader(",
     f"{CORE}.transformer.utils.get_default_causal_mask": 'device="cuda"',
     f"{CORE}.optimizer.clip_grads.clip_grad_by_total_norm_fp32": "'torch.cuda.FloatTensor'",
 }

@@ -6,7 +6,12 @@ patches against wrong numbers are in `test_silent_faults.py`.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from megatron_patches import apply_patches
 from megatron_patches.registry import PATCH_NAMES
@@ -102,3 +107,26 @@ def _start_method_of_the_results_queue(rank, world_size, without):
 )
 def test_the_results_queue_is_forked_instead_of_spawned(without, kind):
     assert run_distributed(_start_method_of_the_results_queue, 1, without) == [[kind]]
+
+
+@pytest.mark.parametrize(
+    ("without", "readers"),
+    [("read_side_by_side", {"MainThread"}), (None, {"checkpoint-read"})],
+)
+def test_a_rank_reads_a_checkpoint_with_threads(without, readers, tmp_path):
+    patch(without)
+    from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
+
+    threads = set()
+
+    class Watching(DefaultLoadPlanner):
+        def commit_tensor(self, read_item, tensor):
+            threads.add(threading.current_thread().name.partition("_")[0])
+
+    written = {f"tensor{number}": torch.full((3, number), float(number)) for number in range(9)}
+    torch.distributed.checkpoint.save(dict(written), checkpoint_id=tmp_path, no_dist=True)
+    read = {name: torch.full_like(value, torch.nan) for name, value in written.items()}
+    reader = _get_filesystem_reader(tmp_path, cache_metadata=True)
+    torch.distributed.checkpoint.load(read, storage_reader=reader, planner=Watching(), no_dist=True)
+    assert threads == readers
+    torch.testing.assert_close(read, written, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pathlib
 import subprocess
@@ -15,6 +16,7 @@ import megatron_patches
 from litespark.errors import LitesparkError
 from megatron_patches import applied_patches, apply_patches, registry, revert_patches
 from megatron_patches.attributes import ModuleView, replace_attributes, resolve
+from megatron_patches.read_side_by_side import THREADS, shares_of
 from megatron_patches.registry import PATCH_NAMES, Condition, Patch, all_patches
 
 CPU_PATCHES = [patch.name for patch in all_patches() if patch.condition is Condition.CPU]
@@ -114,7 +116,10 @@ def test_cpu_patches_are_not_applied_on_cuda():
 def test_patches_for_a_missing_transformer_engine_need_it_missing(monkeypatch):
     monkeypatch.setattr(registry, "has_transformer_engine", lambda: True)
     applied = apply_patches("cuda")
-    assert applied == ["distopt_bucket_padding", "refuse_silent_faults", "safe_checkpoint_metadata"]
+    assert applied == [
+        *("distopt_bucket_padding", "refuse_silent_faults"),
+        *("safe_checkpoint_metadata", "read_side_by_side"),
+    ]
 
 
 @pytest.mark.parametrize(("module", "found"), [(SimpleNamespace(), True), (None, False)])
@@ -305,3 +310,20 @@ def test_random_states_are_kept_apart_and_restored():
     assert torch.equal(torch.rand(2), outside)
     with pytest.raises(LitesparkError, match="'c' was never added"), tracker.fork("c"):
         pass
+
+
+@pytest.mark.parametrize("sizes", [[], [7], [5, 5, 5, 5, 5, 5], [1, 1, 1, 90, 1, 1, 1]])
+def test_a_checkpoint_is_read_in_shares_that_hold_everything_once(sizes):
+    items = [SimpleNamespace(storage_index=number) for number in range(len(sizes))]
+    offsets = itertools.accumulate(sizes, initial=0)
+    places = {
+        number: SimpleNamespace(relative_path=f"file{number % 2}", offset=offset, length=size)
+        for number, (size, offset) in enumerate(zip(sizes, offsets, strict=False))
+    }
+    shares = shares_of(items[::-1], places)
+    assert len(shares) <= THREADS
+    read = [item.storage_index for share in shares for item in share]
+    assert read == sorted(read, key=lambda number: (number % 2, number)), "contiguous on disk"
+    assert sorted(read) == list(range(len(sizes)))
+    largest = max((sum(sizes[item.storage_index] for item in share) for share in shares), default=0)
+    assert largest <= sum(sizes) / THREADS + max(sizes, default=0)
