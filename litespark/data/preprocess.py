@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -167,14 +168,17 @@ def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
 
 def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
     """Run all blocks that are left through the workers."""
-    options = job.options
+    blocks = job.blocks()
+    first_blocks = list(islice(blocks, job.options.workers))
+    blocks = chain(first_blocks, blocks)
+    # No more processes than blocks: each reads the tokenizer, which takes longer than a block.
+    options = replace(job.options, workers=max(1, len(first_blocks)))
     model_path = work / _MODEL_NAME
     pool = _start_pool(options, tokenizer, model_path)
     try:
         # The workers start while this process prepares the model.
         plain_json = tokenizer.plain_json()
         model = None if plain_json is None else cut_at_line_ends(plain_json)
-        blocks = job.blocks()
         in_flight: _InFlight = deque()
         reason: str | None = "gigatoken does not know this kind of tokenizer"
         if model is not None:
