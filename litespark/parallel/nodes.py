@@ -54,7 +54,6 @@ class Member:
     name: str
     address: str
     meeting: str
-    range_text: str
     num_processes: int
     node_rank: int | None
 
@@ -118,7 +117,6 @@ def check_members(members: Sequence[Member]) -> None:
         UserError: on every node alike; it names the nodes that differ.
     """
     for option, values in (
-        ("--nnodes", [member.range_text for member in members]),
         ("--nproc", [str(member.num_processes) for member in members]),
         (
             "--node-rank",

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     WorkerSpec,
@@ -43,7 +44,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     RendezvousTimeoutError,
 )
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from litespark.errors import ExitCode, LitesparkError
 from litespark.parallel.nodes import Member, NodeOptions, check_members, reachable_members
@@ -53,6 +55,7 @@ from litespark.training.launch import (
     how_it_ended,
     prepare_agent,
 )
+from litespark.training.node_agreement import NodeAgreement
 from litespark.utils.network import (
     address_towards,
     check_port_free,
@@ -86,10 +89,11 @@ def run_node(
     prepare_agent()
     events = run_folder / "events.jsonl"
     while True:
-        spec, own = _place(nodes, num_processes, arguments, max_restarts)
+        spec, own, agreement = _place(nodes, num_processes, arguments, max_restarts)
         try:
-            return _run_agent(NodeAgent(spec, nodes, own, events))
-        except RendezvousConnectionError:
+            agreement.check(end_for_all=spec.rdzv_handler.shutdown)
+            return _run_agent(NodeAgent(spec, nodes, own, agreement, events))
+        except (RendezvousConnectionError, DistNetworkError):
             here = socket.gethostname()
             if not nodes.is_elastic or max_restarts == 0:
                 raise LitesparkError(
@@ -103,12 +107,12 @@ def run_node(
 
 def _place(
     nodes: NodeOptions, num_processes: int, arguments: Sequence[str], max_restarts: int
-) -> tuple[WorkerSpec, Member]:
+) -> tuple[WorkerSpec, Member, NodeAgreement]:
     """What this node is to do, and as what it introduces itself; the others can be reached."""
     meeting, address, is_host = find_own_place(nodes)
     here = socket.gethostname()
     try:
-        handler = _rendezvous_handler(nodes, address, is_host=is_host)
+        handler, agreement = _rendezvous_handler(nodes, address, is_host=is_host)
     except RendezvousError as error:
         raise LitesparkError(f"{here}: {nodes.host}:{nodes.port}: {_root(error)}") from None
     spec = WorkerSpec(
@@ -125,11 +129,10 @@ def _place(
         name=here,
         address=address,
         meeting=meeting,
-        range_text=nodes.range_text,
         num_processes=num_processes,
         node_rank=nodes.node_rank,
     )
-    return spec, own
+    return spec, own, agreement
 
 
 def _run_agent(agent: NodeAgent) -> int:
@@ -151,6 +154,7 @@ def _run_agent(agent: NodeAgent) -> int:
         leaves_for_good = False
         raise
     except RendezvousClosedError:
+        agent.agreement.raise_if_known()
         raise LitesparkError(
             f"{socket.gethostname()}: the run was ended on another node; its last lines say why"
         ) from None
@@ -176,31 +180,40 @@ def find_own_place(nodes: NodeOptions) -> tuple[str, str, bool]:
     return meeting, address, False
 
 
-def _rendezvous_handler(nodes: NodeOptions, address: str, *, is_host: bool) -> RendezvousHandler:
+def _rendezvous_handler(
+    nodes: NodeOptions, address: str, *, is_host: bool
+) -> tuple[RendezvousHandler, NodeAgreement]:
     host = f"[{nodes.host}]" if ":" in nodes.host else nodes.host
-    return get_rendezvous_handler(
-        RendezvousParameters(
-            backend="c10d",
-            endpoint=f"{host}:{nodes.port}",
-            run_id=nodes.run_id,
-            min_nodes=nodes.minimum,
-            max_nodes=nodes.maximum,
-            local_addr=address,
-            is_host=is_host,
-            join_timeout=max(1, round(nodes.join_seconds)),
-            last_call_timeout=round(_LAST_CALL_SECONDS),
-            keep_alive_interval=_HEARTBEAT_SECONDS,
-            keep_alive_max_attempt=round(nodes.lost_seconds / _HEARTBEAT_SECONDS),
-        )
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=f"{host}:{nodes.port}",
+        run_id=nodes.run_id,
+        min_nodes=nodes.minimum,
+        max_nodes=nodes.maximum,
+        local_addr=address,
+        is_host=is_host,
+        join_timeout=max(1, round(nodes.join_seconds)),
+        last_call_timeout=round(_LAST_CALL_SECONDS),
+        keep_alive_interval=_HEARTBEAT_SECONDS,
+        keep_alive_max_attempt=round(nodes.lost_seconds / _HEARTBEAT_SECONDS),
     )
+    backend, store = create_backend(parameters)
+    return create_handler(store, backend, parameters), NodeAgreement(store, nodes)
 
 
 class NodeAgent(LocalElasticAgent):
     """torchrun's agent, with the differences that the module's docstring lists."""
 
-    def __init__(self, spec: WorkerSpec, nodes: NodeOptions, own: Member, events: Path) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        nodes: NodeOptions,
+        own: Member,
+        agreement: NodeAgreement,
+        events: Path,
+    ) -> None:
         super().__init__(spec=spec, logs_specs=DefaultLogsSpecs())
-        self.nodes, self.own, self.events = nodes, own, events
+        self.nodes, self.own, self.agreement, self.events = nodes, own, agreement, events
         self.handler, self.max_restarts = spec.rdzv_handler, spec.max_restarts
         self.handler.num_nodes_waiting = self._patiently(self.handler.num_nodes_waiting)
         self.started = time.time()
@@ -248,6 +261,7 @@ class NodeAgent(LocalElasticAgent):
         self.started = time.time()
         self.ranks_store = None  # with all that the last start's ranks wrote there
         meeting = spec.rdzv_handler.next_rendezvous()
+        self.agreement.mark_running()
         store = meeting.store  # its keys belong to this meeting alone
         store.set(f"litespark/member/{meeting.rank}", json.dumps(asdict(self.own)))
         introduced = [

@@ -220,6 +220,21 @@ def test_an_unreachable_master(network, config):
 
 @needs_hosts
 @pytest.mark.distributed
+def test_two_hosts_with_different_numbers_of_nodes(network, config):
+    """The second to come waits for two more: both end at once, and say why."""
+    numbers = {"node-a": "2", "node-b": "4"}
+    started = [start(network, name, "--nnodes", n, config) for name, n in numbers.items()]
+    for process in started:
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 2, said
+        assert "--nnodes: differs: 2 on node-a, 4 on node-b. Type the same" in said
+        assert "Traceback" not in said
+    for name in network.names:
+        assert network.left_over(name) == []
+
+
+@needs_hosts
+@pytest.mark.distributed
 def test_two_hosts_with_different_configurations(network, config):
     """Both say what differs, and on which host."""
     nodes = ["--nnodes", "2"]

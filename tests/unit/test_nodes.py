@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from litespark.errors import LitesparkError, UserError
 from litespark.parallel.nodes import (
@@ -19,6 +20,7 @@ from litespark.parallel.nodes import (
     reachable_members,
 )
 from litespark.training import same_everywhere
+from litespark.training.node_agreement import NodeAgreement
 from litespark.training.same_everywhere import check_same_everywhere
 from litespark.utils import network
 from litespark.utils.facts import code_facts
@@ -31,7 +33,6 @@ def member(name: str, **values) -> Member:
         "name": name,
         "address": "10.0.0.9",
         "meeting": "10.0.0.1",
-        "range_text": "2",
         "num_processes": 8,
         "node_rank": None,
     }
@@ -93,7 +94,6 @@ def test_the_meeting_place_is_known_by_what_the_others_call_it():
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        ({"range_text": "3"}, ["--nnodes", "2 on a", "3 on b"]),
         ({"num_processes": 4}, ["--nproc", "8 on a", "4 on b"]),
         ({"node_rank": 1}, ["--node-rank", "none on a", "given on b"]),
     ],
@@ -392,3 +392,26 @@ def test_the_loss_of_the_meeting_place_is_no_news_at_first(monkeypatch):
     assert [patient() for _ in range(5)] == [1, 0, 0, 0, 0]
     with pytest.raises(RendezvousConnectionError):
         patient()
+
+
+def test_nodes_agree_on_their_number():
+    """Before the run one that differs ends it for all; once it is on, it ends alone."""
+    store, ended = HashStore(), []
+    agreements = {
+        text: NodeAgreement(store, NodeOptions(*parse_node_range(text), host="a", port=1))
+        for text in ("2", "1:2", "3")
+    }
+    agreements["2"].check(lambda: ended.append("2"))
+    agreements["2"].check(lambda: ended.append("2"))  # a second node that was told the same
+    agreements["2"].raise_if_known()
+    with pytest.raises(UserError, match=r"--nnodes: differs: 2 on .*, 1:2 on .*\. Type the same"):
+        agreements["1:2"].check(lambda: ended.append("1:2"))
+    assert ended == ["1:2"]
+    with pytest.raises(UserError, match=r"differs: 2 on .*, 1:2 on "):
+        agreements["2"].raise_if_known()
+    agreements["2"].mark_running()
+    with pytest.raises(UserError, match=r"differs: 2 on .*, 3 on "):
+        agreements["3"].check(lambda: ended.append("3"))
+    assert ended == ["1:2"]
+    other_job = NodeOptions(3, 3, host="a", port=1, run_id="other")
+    NodeAgreement(store, other_job).check(lambda: ended.append("other"))
