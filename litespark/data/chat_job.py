@@ -15,9 +15,9 @@ are left out are listed with file and line in `P_quarantine.txt`.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from litespark.data.chat_encoding import EncodedChat
 from litespark.data.chat_shards import answers_prefix
 from litespark.data.chat_template import Turns
 from litespark.data.documents import BadLine
+from litespark.data.in_order import results_in_order
 from litespark.data.indexed import IndexedWriter
 from litespark.data.manifest import (
     ChatRecord,
@@ -48,7 +49,6 @@ from litespark.utils.files import atomic_write
 from litespark.version import __version__
 
 _PLACES = 2**31 - 1  # places of tokens, as the "vocabulary" of the shard of answers: int32
-_BLOCKS_IN_FLIGHT_PER_WORKER = 3
 OVER_LONG = "over-long"
 
 
@@ -350,15 +350,7 @@ def _encoded(
         initializer=chat_workers.initialize_process,
         initargs=(settings,),
     )
-    in_flight: deque[tuple[LineBlock, Future[list[tuple[int, chat_workers.Outcome]]]]] = deque()
     try:
-        for block in blocks:
-            in_flight.append((block, pool.submit(chat_workers.encode_block, block)))
-            if len(in_flight) >= workers * _BLOCKS_IN_FLIGHT_PER_WORKER:
-                waiting, future = in_flight.popleft()
-                yield waiting, future.result()
-        while in_flight:
-            waiting, future = in_flight.popleft()
-            yield waiting, future.result()
+        yield from results_in_order(pool, chat_workers.encode_block, blocks, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -15,8 +15,7 @@ was killed goes on; the final names appear when all is done.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -27,6 +26,7 @@ from pathlib import Path
 from litespark.data import workers
 from litespark.data.documents import parsed_lines
 from litespark.data.engine import cut_at_line_ends, probe_texts, reason_against
+from litespark.data.in_order import IN_FLIGHT_PER_WORKER, results_in_order
 from litespark.data.job import Job
 from litespark.data.manifest import Manifest
 from litespark.data.options import PreprocessOptions, Progress
@@ -43,13 +43,12 @@ from litespark.errors import LitesparkError, UserError
 
 __all__ = ["PreprocessOptions", "Progress", "preprocess"]
 
-_BLOCKS_IN_FLIGHT_PER_WORKER = 3
 # What the fast engine must agree with the reference on, besides the edge strings.
 _PROBED_DOCUMENTS = 64
 _PROBED_CHARACTERS = 1 << 12  # of each
 _MODEL_NAME = "model"
 
-_InFlight = deque[tuple[LineBlock, Future[workers.TokenizedBlock]]]
+_InFlight = list[tuple[LineBlock, Future[workers.TokenizedBlock]]]
 
 
 def preprocess(
@@ -179,14 +178,14 @@ def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], N
         # The workers start while this process prepares the model.
         plain_json = tokenizer.plain_json()
         model = None if plain_json is None else cut_at_line_ends(plain_json)
-        in_flight: _InFlight = deque()
+        in_flight: _InFlight = []
         reason: str | None = "gigatoken does not know this kind of tokenizer"
         if model is not None:
             model.save(model_path)
             texts = probe_texts(tokenizer, _first_documents(options, job.sources))
             tried = pool.submit(workers.try_engine, texts)
             # Blocks follow at once; what became of them is dropped where the engine is not right.
-            for block in islice(blocks, options.workers * _BLOCKS_IN_FLIGHT_PER_WORKER):
+            for block in islice(blocks, options.workers * IN_FLIGHT_PER_WORKER):
                 in_flight.append((block, pool.submit(workers.tokenize_block, block)))
             # Reading the reference takes as long as loading the engine, which goes on meanwhile.
             expected = [tokenizer.encode(text) for text in texts]
@@ -199,8 +198,9 @@ def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], N
             pool.shutdown(wait=True, cancel_futures=True)
             pool = _start_pool(options, tokenizer, None)
             blocks = chain([block for block, _ in in_flight], blocks)
-            in_flight = deque()
-        for block, result in _in_order(pool, blocks, in_flight, options.workers):
+            in_flight = []
+        results = results_in_order(pool, workers.tokenize_block, blocks, options.workers, in_flight)
+        for block, result in results:
             job.take(block, result)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -247,17 +247,3 @@ def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Itera
                 if left == 0:
                     return
             break  # the first block of a file is enough
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, blocks: Iterable[LineBlock], in_flight: _InFlight, workers_: int
-) -> Iterator[tuple[LineBlock, workers.TokenizedBlock]]:
-    """Yield each block with its result, in order; few are out at a time, `in_flight` already."""
-    for block in blocks:
-        in_flight.append((block, pool.submit(workers.tokenize_block, block)))
-        if len(in_flight) >= workers_ * _BLOCKS_IN_FLIGHT_PER_WORKER:
-            waiting, future = in_flight.popleft()
-            yield waiting, future.result()
-    while in_flight:
-        waiting, future = in_flight.popleft()
-        yield waiting, future.result()

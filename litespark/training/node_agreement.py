@@ -12,7 +12,7 @@ import json
 import socket
 from collections.abc import Callable
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 from litespark.errors import UserError
 from litespark.parallel.nodes import NodeOptions

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as LibraryTokenizer
 
+from litespark.data import preprocess as preprocess_module
 from litespark.data import readers
 from litespark.data.indexed import IndexedReader
 from litespark.data.manifest import manifest_path, read_manifest
@@ -126,6 +127,20 @@ def test_tokens_are_the_references_for_any_worker_count(
     expected = [ids if text else [] for ids, text in zip(expected, TEXTS, strict=True)]
     preprocess(options(tmp_path, tokenizer, data, workers=workers))
     assert shard_documents(tmp_path / "out" / "p_text_document") == expected
+
+
+def test_no_more_processes_than_blocks(tmp_path, json_folder, monkeypatch):
+    """Each process reads the tokenizer, which takes longer than a small input."""
+    pools, make = [], preprocess_module.ProcessPoolExecutor
+
+    def recorded(processes, **options):
+        pools.append(processes)
+        return make(processes, **options)
+
+    monkeypatch.setattr(preprocess_module, "ProcessPoolExecutor", recorded)
+    data = write_jsonl(tmp_path / "one.jsonl", TEXTS[:1])
+    preprocess_one(options(tmp_path, json_folder, data, workers=8))
+    assert set(pools) == {1}
 
 
 @pytest.mark.usefixtures("small_blocks")

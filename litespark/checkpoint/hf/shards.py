@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,19 +42,39 @@ class PlannedFile:
     tensors: tuple[PlannedTensor, ...]
 
 
+class Shaped(Protocol):
+    """What has a shape."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes of its dimensions."""
+        ...
+
+
+ShapedT = TypeVar("ShapedT", bound=Shaped)
+
+
+def groups_by_size(
+    tensors: Iterable[ShapedT], dtype: torch.dtype, max_bytes: int
+) -> list[list[ShapedT]]:
+    """Cut a row of tensors into groups of at most `max_bytes`; a larger one is its own group."""
+    groups: list[list[ShapedT]] = [[]]
+    size_bytes = 0
+    for tensor in tensors:
+        num_bytes = math.prod(tensor.shape) * dtype.itemsize
+        if groups[-1] and size_bytes + num_bytes > max_bytes:
+            groups.append([])
+            size_bytes = 0
+        groups[-1].append(tensor)
+        size_bytes += num_bytes
+    return groups
+
+
 def plan_files(
     tensors: Iterable[PlannedTensor], dtype: torch.dtype, max_bytes: int
 ) -> list[PlannedFile]:
     """Distribute tensors over files; a tensor larger than `max_bytes` gets a file of its own."""
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        num_bytes = math.prod(tensor.shape) * dtype.itemsize
-        if groups[-1] and size + num_bytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += num_bytes
+    groups = groups_by_size(tensors, dtype, max_bytes)
     count = len(groups)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = [WEIGHTS] if count == 1 else names

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from litespark.checkpoint.hf.shards import groups_by_size
 from litespark.checkpoint.hf.staging import Staging
 from litespark.checkpoint.hf.table import Entry
 from litespark.checkpoint.integrity import ChecksumFile, FileRecord, record_of, write_file
@@ -96,7 +97,7 @@ def write_state(
     """
     places: dict[MetadataIndex, _StorageInfo] = {}
     records: dict[str, FileRecord] = {}
-    for number, group in enumerate(_groups(blocks, dtype)):
+    for number, group in enumerate(groups_by_size(blocks, dtype, MAX_FILE_BYTES)):
         name = f"__0_{number}.distcp"
         path = staging.folder / folder / name
         if name not in staging.done or not path.is_file():
@@ -112,19 +113,6 @@ def write_state(
             places[index] = _StorageInfo(name, end, length)
             end += length
     return records | _write_index(staging.folder / folder, blocks, dtype, places)
-
-
-def _groups(blocks: Sequence[Block], dtype: torch.dtype) -> list[list[Block]]:
-    groups: list[list[Block]] = [[]]
-    size = 0
-    for block in blocks:
-        num_bytes = math.prod(block.shape) * dtype.itemsize
-        if groups[-1] and size + num_bytes > MAX_FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(block)
-        size += num_bytes
-    return groups
 
 
 def _write_file(
