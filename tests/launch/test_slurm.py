@@ -49,6 +49,14 @@ class Job:
     def wait_for_steps(self, number: int) -> None:
         self.wait_for(lambda: len(losses(self.folder)) >= number, f"step {number}")
 
+    def start_soon(self) -> None:
+        """Slurm lets a job that goes back wait for two minutes; a user need not.
+
+        But within the second in which it ended, Slurm takes the new start for the old one
+        ("Job credential revoked") and gives the job up.
+        """
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
+
     def state(self) -> str:
         return self.cluster.job(self.number, "JobState")
 
@@ -62,15 +70,14 @@ def test_queued_again_before_the_limit_and_after_preemption(cluster, configurati
     # What --signal=B:USR1@300 has Slurm send five minutes before the limit.
     cluster.run("scancel", "--signal=USR1", "--batch", job.number)
     job.wait_for(lambda: job.restarts() == 1, "back in the queue")
-    # Slurm lets a job that goes back wait for two minutes; a user need not.
-    cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.start_soon()
     job.wait_for(lambda: len(resumed(job.folder)) == 1, "resumed")
     job.wait_for_steps(6)
 
     urgent = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=2")
     cluster.submit(*urgent, "--output=/dev/null", "--wrap", "srun sleep 2")
     job.wait_for(lambda: job.restarts() == 2, "preempted")
-    cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.start_soon()
     job.wait_for(lambda: len(resumed(job.folder)) == 2, "resumed again")
     job.go_on.touch()
     job.wait_for(lambda: job.state() == "COMPLETED", "done")
