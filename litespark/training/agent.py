@@ -247,11 +247,14 @@ class NodeAgent(LocalElasticAgent):
         if not result.is_failed():
             return ExitCode.DONE
         rank, code = _first_failure(result)
+        first, here = self.members[0].name, socket.gethostname()
+        if code == ExitCode.USER_ERROR and here != first:  # the first rank speaks for all
+            _say(f"{here}: ended by a mistake, which {first} names if nothing here does")
         if code in set(ExitCode):
             return code
         if self._hangs():
             return ExitCode.ENDED_BY_GUARD
-        _say(f"error: rank {rank} on {socket.gethostname()} {how_it_ended(code)}")
+        _say(f"error: rank {rank} on {here} {how_it_ended(code)}")
         return ExitCode.FAILED
 
     # torch's methods are wrapped by an untyped decorator, which hides their signatures.

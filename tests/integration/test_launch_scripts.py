@@ -245,6 +245,7 @@ def test_two_hosts_with_different_configurations(network, config):
     said = [process.communicate(timeout=500)[0] for process in started]
     assert [process.returncode for process in started] == [2, 2], said
     assert "training.steps is 8 on node-a; 9 on node-b" in said[0]
+    assert "node-b: ended by a mistake, which node-a names" in said[1]
     for name in network.names:
         assert network.left_over(name) == []
 
