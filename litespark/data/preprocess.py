@@ -46,6 +46,7 @@ __all__ = ["PreprocessOptions", "Progress", "preprocess"]
 # What the fast engine must agree with the reference on, besides the edge strings.
 _PROBED_DOCUMENTS = 64
 _PROBED_CHARACTERS = 1 << 12  # of each
+_COUNTED_BLOCKS = 4  # an input of fewer is small; reading many would keep the workers from starting
 _MODEL_NAME = "model"
 
 _InFlight = list[tuple[LineBlock, Future[workers.TokenizedBlock]]]
@@ -167,11 +168,13 @@ def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
 
 def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
     """Run all blocks that are left through the workers."""
-    blocks = job.blocks()
-    first_blocks = list(islice(blocks, job.options.workers))
-    blocks = chain(first_blocks, blocks)
+    options, blocks = job.options, job.blocks()
     # No more processes than blocks: each reads the tokenizer, which takes longer than a block.
-    options = replace(job.options, workers=max(1, len(first_blocks)))
+    few = min(options.workers, _COUNTED_BLOCKS)
+    first_blocks = list(islice(blocks, few))
+    blocks = chain(first_blocks, blocks)
+    if len(first_blocks) < few:
+        options = replace(options, workers=max(1, len(first_blocks)))
     model_path = work / _MODEL_NAME
     pool = _start_pool(options, tokenizer, model_path)
     try:
