@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from litespark.checkpoint.integrity import describe, none_is_whole, quick_faults, share_faults
+from litespark.checkpoint.integrity import (
+    describe,
+    quick_faults,
+    refuse_if_none_is_whole,
+    share_faults,
+)
 from litespark.errors import UserError
 from litespark.parallel.groups import gather_objects
 
@@ -37,7 +42,7 @@ def newest_whole(candidates: Sequence[Path], *, verify: bool) -> Path | None:
             what = describe(faults[checkpoint])
             logger.error("checkpoint %s is damaged and skipped: %s", checkpoint.name, what)
     try:
-        return none_is_whole(faults)
+        return refuse_if_none_is_whole(faults)
     except UserError as error:
         error.on_every_rank = True
         raise

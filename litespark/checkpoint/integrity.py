@@ -212,10 +212,10 @@ def first_intact(candidates: Sequence[Path]) -> Path | None:
         faults[checkpoint] = quick_faults(checkpoint)
         if not faults[checkpoint]:
             return checkpoint
-    return none_is_whole(faults)
+    return refuse_if_none_is_whole(faults)
 
 
-def none_is_whole(faults: dict[Path, list[str]]) -> None:
+def refuse_if_none_is_whole(faults: dict[Path, list[str]]) -> None:
     """Refuse to go on when each of these is damaged; without any there is nothing to say.
 
     Raises:

@@ -169,7 +169,7 @@ def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
 def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
     """Run all blocks that are left through the workers."""
     options, blocks = job.options, job.blocks()
-    # No more processes than blocks: each reads the tokenizer, which takes longer than a block.
+    # A small input gets a process a block: each reads the tokenizer, which takes longer.
     few = min(options.workers, _COUNTED_BLOCKS)
     first_blocks = list(islice(blocks, few))
     blocks = chain(first_blocks, blocks)

@@ -69,6 +69,7 @@ _LAST_CALL_SECONDS = 10.0  # how long the others may take once MIN nodes are the
 # agent comes to nothing else when the next is always due (seen with 1 s, at a load of 60).
 _HEARTBEAT_SECONDS = 5
 _LAST_WORDS_SECONDS = 10.0  # for the ranks here, when the meeting place is gone
+_MEETING_LOST = (RendezvousConnectionError, DistNetworkError)
 _NAME_SECONDS = 20.0  # until a pod's name is in Kubernetes' DNS
 
 
@@ -93,7 +94,7 @@ def run_node(
         try:
             agreement.check(end_for_all=spec.rdzv_handler.shutdown)
             return _run_agent(NodeAgent(spec, nodes, own, agreement, events))
-        except (RendezvousConnectionError, DistNetworkError):
+        except _MEETING_LOST:
             here = socket.gethostname()
             if not nodes.is_elastic or max_restarts == 0:
                 raise LitesparkError(
@@ -139,7 +140,7 @@ def _run_agent(agent: NodeAgent) -> int:
     """The exit code of this node's ranks, when the run has ended here.
 
     Raises:
-        RendezvousConnectionError: the place where the nodes meet is lost.
+        RendezvousConnectionError, DistNetworkError: the place where the nodes meet is lost.
         UserError, LitesparkError: see `run_node`.
     """
     leaves_for_good = True
@@ -150,7 +151,7 @@ def _run_agent(agent: NodeAgent) -> int:
         return code_after_signal(error.sigval, agent.events, agent.started)
     except RendezvousTimeoutError:
         raise LitesparkError(_nobody_came(agent.nodes)) from None
-    except RendezvousConnectionError:
+    except _MEETING_LOST:
         leaves_for_good = False
         raise
     except RendezvousClosedError:
@@ -247,7 +248,7 @@ class NodeAgent(LocalElasticAgent):
         if not result.is_failed():
             return ExitCode.DONE
         rank, code = _first_failure(result)
-        first, here = self.members[0].name, socket.gethostname()
+        first, here = self.members[0].name, self.own.name
         if code == ExitCode.USER_ERROR and here != first:  # the first rank speaks for all
             _say(f"{here}: ended by a mistake, which {first} names if nothing here does")
         if code in set(ExitCode):
