@@ -168,6 +168,13 @@ class TrainingConfig(Section):
         description="Activation checkpointing: recompute the core attention (selective) or whole "
         "layers (full) in backward.",
     )
+    cuda_graph: bool = Field(
+        default=False,
+        description="Record the forward and backward passes of the fourth step as a CUDA graph and "
+        "replay it from then on, so that the GPU need not wait for Python: for small models, and "
+        "layers split over many ranks. Fused blocks, plain text without document masks. No effect "
+        "on a CPU.",
+    )
 
 
 class CheckpointConfig(Section):

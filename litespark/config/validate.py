@@ -33,6 +33,7 @@ def validate(config: RunConfig, world_size: int) -> list[UserError]:
         *_check_lengths(config),
         *_check_documents(config),
         *_check_training(config),
+        *_check_cuda_graph(config),
         *_check_exports(config),
         *_check_resilience(config),
         *check_post_training(config),
@@ -312,6 +313,32 @@ def _check_training(config: RunConfig) -> Iterator[UserError]:
             f"training.eval_every = {training.eval_every}",
             "evaluates, and data.split leaves nothing for validation",
             "Write e.g. data.split=[99,1,0], or leave out eval_every.",
+        )
+
+
+def _check_cuda_graph(config: RunConfig) -> Iterator[UserError]:
+    """A recorded step does the same work on tensors of the same sizes, without the host."""
+    if not config.training.cuda_graph:
+        return
+    key = "training.cuda_graph = true"
+    if config.model.backend in ("reference", "te"):
+        yield UserError(
+            key,
+            f"records the fused blocks, and model.backend = {config.model.backend}",
+            "Set model.backend=triton, or training.cuda_graph=false.",
+        )
+    if config.task != "pretrain" or config.data.document_mask:
+        what = f"task = {config.task}" if config.task != "pretrain" else "data.document_mask = true"
+        yield UserError(
+            key,
+            f"takes every batch to be of the same sizes, and with {what} documents differ",
+            "Set training.cuda_graph=false.",
+        )
+    if config.training.recompute == "full":
+        yield UserError(
+            key,
+            "cannot record the random states that training.recompute = full keeps",
+            "Set training.recompute=selective or none, or training.cuda_graph=false.",
         )
 
 

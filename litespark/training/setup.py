@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
@@ -53,12 +53,14 @@ from litespark.parallel.groups import (
 from litespark.parallel.layout import RankLayout
 from litespark.parallel.rng import seed_all
 from litespark.training.agreement import on_all_ranks
+from litespark.training.gradients import finalize_gradients
 from litespark.training.lock import lock_run_folder
 from litespark.training.optimizer import build_optimizer
 from litespark.training.preflight import Preflight, preflight, remote_candidates
 from litespark.training.reference import prepare_reference
 from litespark.training.same_everywhere import check_same_everywhere, check_same_folder
 from litespark.training.state import TrainingRun
+from litespark.training.step_graph import StepGraph
 from litespark.utils.files import write_text_atomically
 from megatron_patches import applied_patches, apply_patches
 
@@ -137,6 +139,7 @@ def build_run(config: RunConfig, process: Process) -> TrainingRun:
         validation=None,
         reads_tokens=_reads_tokens(config),
         meters=meters,
+        step_graph=_step_graph(config, core_config, chunks, process.device.device),
     )
 
 
@@ -201,7 +204,7 @@ def _connect(
     def one_or_all(functions: list[Callable]) -> Callable | list[Callable]:
         return functions if len(functions) > 1 else functions[0]
 
-    core_config.finalize_model_grads_func = _finalizing(chunks)
+    core_config.finalize_model_grads_func = finalize_gradients
     core_config.grad_scale_func = optimizer.scale_loss
     core_config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])  # type: ignore[assignment]
     if config.parallel.overlap_grad_reduce:
@@ -210,16 +213,19 @@ def _connect(
         core_config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])  # type: ignore[assignment]
 
 
-def _finalizing(chunks: list[DistributedDataParallel]) -> Callable[..., None]:
-    """What runs after the last backward of a step: gradients are reduced, FP8 scales agreed."""
-    policy = bare_model(chunks[0]).policy
-    sharing: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-
-    def finalize(*args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(*args, **kwargs)
-        policy.end_step(sharing)
-
-    return finalize
+def _step_graph(
+    config: RunConfig,
+    core_config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
+    device: torch.device,
+) -> StepGraph | None:
+    """Where the passes of a step are recorded, if that is asked for and there is a GPU."""
+    if not config.training.cuda_graph:
+        return None
+    if device.type != "cuda":
+        logger.info("training.cuda_graph has no effect on a CPU")
+        return None
+    return StepGraph(bare_model(chunks[0]).policy, core_config, device)
 
 
 def _reads_tokens(config: RunConfig) -> bool:
@@ -240,6 +246,8 @@ def go_back(run: TrainingRun, checkpoint: Path) -> None:
     """
     with run.progress.suspended():
         _load(run, checkpoint)
+    if run.step_graph is not None:
+        run.step_graph.forget()
     if run.train_batches is not None:
         samples = run.train_batches.samples
         run.train_batches.close()

@@ -25,6 +25,7 @@ from litespark.objectives.language_modelling import ForwardStep
 from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
 from litespark.training.optimizer import TrainingOptimizer
+from litespark.training.step_graph import StepGraph
 
 
 @dataclass
@@ -127,7 +128,8 @@ class TrainingRun:
     `metrics` names what is reported beside the loss; `attach_reference` completes the micro-batches
     of a step with what a reference model says of them, where there is one; `progress` says what
     this rank is doing, `forward_clock` how long its forward passes take; `folder_lock` is held by
-    the first rank; `has_trained` says that this process has made a step.
+    the first rank; `has_trained` says that this process has made a step; `step_graph` records the
+    passes of a step, where that is asked for.
     """
 
     config: RunConfig
@@ -151,6 +153,7 @@ class TrainingRun:
     metrics: tuple[str, ...] = ()
     attach_reference: Callable[[Sequence[Batch]], Sequence[Batch]] | None = None
     meters: RunMeters = field(default_factory=RunMeters)
+    step_graph: StepGraph | None = None
 
     def __post_init__(self) -> None:
         self.forward_clock = ForwardClock(self.process.device.type)

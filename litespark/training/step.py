@@ -200,13 +200,24 @@ def _squared_lengths(batch: Batch) -> float:
 def run_schedule(
     run: TrainingRun, micro_batches: Sequence[Batch | None], *, forward_only: bool
 ) -> Tensor:
-    """One global batch forward, and backward; fp64 [2 + metrics], see StepOutcome."""
+    """One global batch forward, and backward; fp64 [2 + metrics], see StepOutcome.
+
+    Backward ends with the gradients reduced over the ranks, and FP8's scales for the next step.
+    """
+
+    def passes(batches: Sequence[Batch | None]) -> list[dict[str, Any]]:
+        return run_reports(run, run.chunks, run.forward_step, batches, forward_only=forward_only)
+
     total = _no_sums(run)
-    reports = run_reports(
-        run, run.chunks, run.forward_step, micro_batches, forward_only=forward_only
-    )
+    if forward_only or run.step_graph is None:
+        reports = passes(micro_batches)
+    else:
+        reports = run.step_graph.run(micro_batches, passes)
     for report in reports:
         total += report["loss_and_tokens"]
+    if not forward_only:
+        sharing: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        run.policy.end_step(sharing)
     return total
 
 
@@ -239,8 +250,12 @@ def run_reports(
     if run.config.data.document_mask:  # the rows are joined (`language_modelling.py`)
         length, rows = length * rows, 1
 
+    is_recorded = run.step_graph is not None and run.step_graph.is_recording
+
     def forward_step(*args: Any) -> Any:
         run.progress.next_micro_batch()
+        if is_recorded:  # an event that is replayed tells no time
+            return step(*args)
         with run.forward_clock.measured():
             return step(*args)
 

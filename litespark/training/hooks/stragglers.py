@@ -36,7 +36,8 @@ class Stragglers(Hook):
         if run.process.world_size == 1:
             return
         ranks = gather_objects((stage, socket.gethostname(), seconds))
-        if run.process.is_first:
+        # Passes that are replayed (`step_graph.py`) tell no time.
+        if run.process.is_first and all(seconds is not None for _, _, seconds in ranks):
             self._compare(run, ranks)
 
     def _compare(self, run: TrainingRun, ranks: list[tuple[int, str, float]]) -> None:
