@@ -116,8 +116,7 @@ def run_benchmark(config: RunConfig, options: BenchmarkOptions) -> Record:
         try:
             return _measure(run, options)
         finally:
-            if run.train_batches is not None:
-                run.train_batches.close()
+            run.close()
     finally:
         stop_process_group()
 

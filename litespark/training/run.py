@@ -46,8 +46,7 @@ def run_training(config: RunConfig) -> None:
                     logger.info("nothing to do: step %d of %d is done", run.step, run.total_steps)
                 train(run, [Checkpointing()])  # the mirror may lack the last checkpoint
         finally:
-            if run.train_batches is not None:
-                run.train_batches.close()
+            run.close()
     finally:
         stop_process_group()
 

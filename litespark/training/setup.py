@@ -8,7 +8,8 @@ processes, patches, sameness, user's mistakes, groups, seed, model, optimizer, d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -178,19 +179,38 @@ def _build_model(
     modules = [Float16Module(core_config, chunk) if is_half else chunk for chunk in chunks]
     if config.precision.mode == "fp8" and config.precision.primary_weights == "fp8":
         keep_weights_in_fp8(chunks)  # after what makes all parameters BF16
-    wrapped = [
-        DistributedDataParallel(
-            config=core_config,
-            ddp_config=ddp_config,
-            module=module,
-            # Chunks after the first are not on the critical path: buckets would only split them.
-            disable_bucketing=number > 0,
-        )
-        for number, module in enumerate(modules)
-    ]
+    with _hooks_may_be_recorded(config):
+        wrapped = [
+            DistributedDataParallel(
+                config=core_config,
+                ddp_config=ddp_config,
+                module=module,
+                # Chunks after the first are not on the critical path: buckets only split them.
+                disable_bucketing=number > 0,
+            )
+            for number, module in enumerate(modules)
+        ]
     for chunk in wrapped:
         gather_fp8_as_bytes(chunk)
     return wrapped
+
+
+@contextmanager
+def _hooks_may_be_recorded(config: RunConfig) -> Iterator[None]:
+    """Within the block DDP registers its hooks, for a step that is to be recorded.
+
+    Autograd takes a weight's gradient over on the stream that was current when the weight was first
+    used, which is when DDP registers its hook.  The default stream, which waits for all others and
+    they for it, cannot be part of a recording.  Source: megatron-core's `training.py`, get_model.
+    """
+    if not (config.training.cuda_graph and torch.cuda.is_available()):
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _connect(

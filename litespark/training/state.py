@@ -173,6 +173,16 @@ class TrainingRun:
         """The number formats of this rank's layers, and their scales."""
         return bare_model(self.chunks[0]).policy
 
+    def close(self) -> None:
+        """End the loader's threads, and give up the recorded step, which its communicators' end
+        would wait for.
+        """
+        if self.train_batches is not None:
+            self.train_batches.close()
+        if self.step_graph is not None:
+            self.process.device.synchronize()
+            self.step_graph.forget()
+
     def record_event(self, event: str, detail: str, step: int | None = None) -> None:
         """Append a line to the run's `events.jsonl`; only the first rank writes.
 

@@ -136,8 +136,7 @@ def losses(words: list[str]) -> Record:
     while run.step < run.total_steps:
         outcome = train_step(run)
         history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     stop_process_group()
     return {"losses": [loss for loss, _ in history], "grad_norms": [norm for _, norm in history]}
 
