@@ -21,7 +21,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -191,10 +191,20 @@ class AttentionChooser:
             if _reason(backend, case) is not None:
                 continue
             try:
-                times[name] = self._measure(backend, case)
+                with _saved_as_it_is():
+                    times[name] = self._measure(backend, case)
             except Exception as error:  # out of memory, a failed compilation, an unknown shape
                 failures[name] = f"{type(error).__name__}: {_first_line(error)}"
         return times, failures
+
+
+def _saved_as_it_is() -> AbstractContextManager[object]:
+    """Within the block autograd keeps what it saves, whatever a caller has arranged.
+
+    A case is met first within a layer's forward pass, which activation checkpointing keeps nothing
+    of: the backward of a measurement would have that pass computed again, around itself.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def choose_attention(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from litespark.errors import LitesparkError, UserError
 from litespark.modules.attention_backends import (
@@ -85,6 +86,28 @@ def test_the_fastest_is_taken_and_measured_once(path, caplog):
         assert [chosen.choose(H100).name for _ in range(3)] == ["b", "b", "b"]
     assert clock.asked == ["a", "b", "c"]
     assert caplog.messages == [f"attention: b (1.93 ms; c 2.21, a 3.00) for {H100}"]
+
+
+def test_measuring_is_no_part_of_a_recomputed_pass(path):
+    """The first use of a case is within `checkpoint` where attention is recomputed."""
+    values = torch.ones(3, requires_grad=True)
+    measured = []
+
+    def measure(backend, case):
+        leaf = torch.full((3,), 2.0, requires_grad=True)
+        (gradient,) = torch.autograd.grad((leaf * leaf).sum(), [leaf])
+        measured.append(gradient.tolist())
+        return {"a": 2.0, "b": 1.0}[backend.name]
+
+    chosen = AttentionChooser([Fake("a"), Fake("b")], measure, lambda: "H100", lambda: path)
+
+    def attend(x):
+        assert chosen.choose(H100).name == "b"
+        return (x * x).sum()
+
+    checkpoint(attend, values, use_reentrant=False).backward()
+    assert measured == [[4.0, 4.0, 4.0]] * 2
+    assert values.grad.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_another_process_reads_the_file_of_results(path):
