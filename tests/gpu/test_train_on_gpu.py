@@ -84,6 +84,24 @@ def test_resume_on_the_gpu_is_bit_exact(config, tmp_path):
     assert [r["loss"] for r in records(part)] == [r["loss"] for r in records(whole)]
 
 
+@pytest.mark.parametrize("mode", ["bf16", "fp8"])
+def test_a_recorded_step_changes_nothing(config, tmp_path, mode):
+    """Evaluated and saved between replays, resumed, and the losses are the same to the last bit."""
+    options = (f"precision.mode={mode}", "training.eval_every=5", "training.eval_steps=1")
+    recorded = "training.cuda_graph=true"
+    train(config, tmp_path / "eager", *options)
+    train(config, tmp_path / "whole", *options, recorded)
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    shutil.rmtree(part / "checkpoints" / "step_000000010")
+    assert "resumed at step 5" in train(config, part, *options, recorded)
+    losses = [
+        [record.get("loss", record.get("validation_loss")) for record in records(tmp_path / name)]
+        for name in ("eager", "whole", "part")
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_cpu_patches_are_not_applied():
     code = (
         "import torch, json, megatron_patches as m\n"

@@ -335,7 +335,8 @@ def test_nothing_is_written_past_the_end(device, monkeypatch, config) -> None:
     check_backward(device, (17, 48), torch.bfloat16, True, config)
     check_forward(device, (17, 48), torch.bfloat16, True, config)
     check_forward_fp8(device, (17, 48), E4M3, True, config)
-    assert len(margins) >= 20
+    # Twice 2 of backward, 3 + 1 of forward, 4 in FP8; the interpreter makes copies of its own.
+    assert len(margins) >= 12
     assert all((margin == 77).all() for margin in margins)
 
 
