@@ -296,9 +296,9 @@ def full(gpus: int, memory_gib: float, *, has_peer: bool) -> list[Phase]:
     alone += [PAPER_3B.peer(p, one, 1) for p in ("fp8", "bf16")] if has_peer and gpus > 2 else []
     alone += [learning(p, one, 1, preset="llama-160m", steps=20) for p in ("bf16", "fp8")]
     losses = [
-        learning(precision, layout, gpus, preset="llama-160m", steps=20)
+        learning(precision, layout, gpus, *extra, preset="llama-160m", steps=20)
         for layout in layouts_to_check(gpus)
-        for precision in ("bf16", "fp8")
+        for precision, *extra in (("bf16",), ("fp8", RECORDED))
     ]
     phases = [_beside(alone, gpus, 0.28)]
     if gpus == 8 and memory_gib > 100:
@@ -317,7 +317,9 @@ def _on_two() -> tuple[list[Case], list[Case], Phase | None]:
     one, split, deep = Layout(), Layout(tensor=2), Layout(pipeline=2, virtual=7)
     main = [
         *(PAPER_3B.bench("fp8", layout, 2) for layout in (one, split, deep)),
+        PAPER_3B.recorded("fp8", split, 2),
         PAPER_3B_LONG.bench("fp8", Layout(context=2), 2),
+        PAPER_3B_LONG.recorded("fp8", Layout(context=2), 2),
         *(PAPER_3B.bench("bf16", layout, 2) for layout in (one, split)),
         checkpoint(2, *BIG_CHECKPOINT),
         PAPER_3B_IN_TURN.bench("fp8", one, 2, *IN_TURN),
@@ -332,10 +334,13 @@ def _on_four_or_more(gpus: int) -> tuple[list[Case], list[Case], Phase | None]:
     deep, long = Layout(pipeline=4, virtual=7), Layout(context=4 if gpus == 4 else 2)
     main = [
         *(PAPER_3B.bench("fp8", layout, gpus) for layout in (one, wide)),
+        PAPER_3B.recorded("fp8", wide, gpus),
         PAPER_3B_4_GROUPS.bench("fp8", split, gpus),
+        PAPER_3B_4_GROUPS.recorded("fp8", split, gpus),
         PAPER_3B.bench("fp8", deep, gpus),
         *(PAPER_3B.bench("bf16", layout, gpus) for layout in (one, wide)),
         PAPER_3B_LONG.bench("fp8", long, gpus),
+        PAPER_3B_LONG.recorded("fp8", long, gpus),
         checkpoint(gpus, *BIG_CHECKPOINT),
         PAPER_3B_4_GROUPS.bench("bf16", split, gpus),
         PAPER_3B.bench("bf16", deep, gpus),
