@@ -93,7 +93,7 @@ def test_what_was_predicted_on_an_h200():
     for name, row in again.items():
         off = row["percent_off"]
         assert abs(off["memory_gib"]) < 5, name
-        assert (abs(off["step_seconds"]) < 7) == (name not in host_bound), name
+        assert abs(off["step_seconds"]) < (40 if name in host_bound else 7), name
         waits = row["predicted"]["time_parts"]["host"]
         assert (waits > 0) == (name in host_bound), name
 
@@ -105,8 +105,8 @@ def test_layouts_that_were_measured_on_four_gpus():
     for name, row in found.items():
         off = row["percent_off"]
         assert abs(off["memory_gib"]) < 2, name
-        understood = "TP" not in name and "CP" not in name
-        assert (abs(off["step_seconds"]) < 7) == understood, name
+        if "TP" not in name and "CP" not in name:  # those are not understood yet
+            assert abs(off["step_seconds"]) < 7, name
 
 
 def test_a_step_is_no_faster_than_its_hosts_launches(paper_3b):

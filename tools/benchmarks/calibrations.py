@@ -57,7 +57,9 @@ def built_in() -> dict[str, Calibration]:
         if name == "h200-sxm":  # the same processors with another memory
             borrowed = found["h100-sxm"].attention
             source += "; attention at other sizes and lengths: as on the H100"
-        source += f"; the host's launches and idle watts: {HOST}"
+        source += (
+            f"; the host's launches and idle watts: {HOST}, jobs on three other GPUs beside it"
+        )
         fitted = fit(records_of(names), Subject(source=source, attention=borrowed, **subject))
         found[name] = fitted.model_copy(update=host)
     return found

@@ -64,10 +64,10 @@ class Pass:
 class StepTime:
     """Seconds of a step on a pipeline stage, by what they go to.
 
-    `host` is the wait for a host that launches more slowly than the GPU computes; `recompute` is
-    work that is done twice, `tensor`, `context`, `data` and `transfer` (between
-    stages) are communication that nothing hides, `bubble` is a pipeline that fills and empties, and
-    the wait of other stages for the one with the LM head.
+    `host` is the wait for a host that launches more slowly than the GPU computes, `recompute` is
+    work that is done twice, `tensor`, `context`, `data` and `transfer` (between stages) are
+    communication that nothing hides, `bubble` is a pipeline that fills and empties, and the wait of
+    other stages for the one with the LM head.
     """
 
     products: float
