@@ -45,7 +45,7 @@ def calibrate(target: Path) -> None:
     """
     import torch
 
-    from litespark.metering.plan.fit import Subject, fit
+    from litespark.metering.plan.fit import Subject, fit, with_host
     from litespark.utils.files import write_text_atomically
 
     if not target.parent.is_dir():
@@ -65,9 +65,7 @@ def calibrate(target: Path) -> None:
         copy_bytes_per_second=copied,
         source=f"litespark bench --calibrate on {name}, {time.strftime('%Y-%m-%d')}",
     )
-    calibration = fit(records, subject).model_copy(
-        update={"host_seconds_per_layer": host_seconds(host)}
-    )
+    calibration = with_host(fit(records, subject), host)
     write_text_atomically(target, calibration.model_dump_json(indent=1) + "\n")
     sys.stdout.write(f"wrote {target}\n")
 
@@ -94,12 +92,6 @@ def measure(case: str, say: Callable[[str], Any]) -> Record:
         if not result.is_file():
             raise LitesparkError(f"bench {case}: {done.stderr[-2000:] or done.stdout[-2000:]}")
         return json.loads(result.read_text(encoding="utf-8"))
-
-
-def host_seconds(record: Record) -> float:
-    """What the host takes to launch a layer, both passes, from a step that leaves the GPU idle."""
-    layers = record["shape"]["num_layers"] * record["accumulate"]
-    return record["step_seconds"]["min"] / layers
 
 
 def copy_rate(seconds: float) -> float:

@@ -17,7 +17,7 @@ _MEMORY_PARTS = (
     *("activations", "temporary", "fragmentation", "outside"),
 )
 _TIME_PARTS = (
-    *("products", "attention", "between", "gaps", "recompute", "tensor"),
+    *("products", "attention", "between", "gaps", "host", "recompute", "tensor"),
     *("context", "transfer", "bubble", "data", "optimizer"),
 )
 

@@ -52,7 +52,10 @@ def test_a_calibration_of_measured_results_can_be_planned_with(tmp_path, monkeyp
     assert found.gpu == "mine"
     assert found.copy_bytes_per_second == pytest.approx(3e12)
     assert found.product_tflops["fp8"] == pytest.approx(known.product_tflops["fp8"], rel=1e-3)
-    assert found.host_seconds_per_layer == pytest.approx(1.76689 / 28 / 8, rel=1e-3)
+    by_hand = 28 * 8 * 45 + 28 * 11  # launches of a step of 28 layers in BF16, 8 micro-batches
+    assert found.host_seconds_per_launch == pytest.approx(1.76689 / by_hand, rel=1e-3)
+    # This step keeps its GPU busy, so that it says nothing of an idle one.
+    assert found.idle_watts == 50.0
 
 
 def test_a_case_that_fails_is_named():

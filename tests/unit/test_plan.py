@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from litespark.cli.main import main
+from litespark.cli.bench import build_config
+from litespark.cli.main import main, parse
 from litespark.config.presets import PRESETS
 from litespark.errors import LitesparkError, UserError
 from litespark.metering.plan.activations import head_bytes, layer_bytes
@@ -19,16 +20,20 @@ from litespark.metering.plan.communication import (
     network_of,
     reduce_seconds,
 )
+from litespark.metering.plan.energy import step_joules
 from litespark.metering.plan.fit import Subject, config_of, fit
+from litespark.metering.plan.launches import launches
 from litespark.metering.plan.memory import in_flight, memory_plan, model_bytes
-from litespark.metering.plan.parameters import Parameter, lay_out
+from litespark.metering.plan.parameters import Parameter, lay_out, layers_of_chunk
 from litespark.metering.plan.search import Cluster, Plan, best_of_each_kind, search
 from litespark.metering.plan.time import step_time
+from litespark.metering.plan.work import layer_work
 from tests.support.configs import loader
-from tools.benchmarks.calibrations import RESULTS, TARGET, built_in, text_of
-from tools.benchmarks.plan_validation import repredict
+from tools.benchmarks.calibrations import RESULTS, TARGET, built_in, records_of, text_of
+from tools.benchmarks.plan_validation import layouts, repredict
 
 GIB = 2**30
+CALIBRATED = str(RESULTS / "h200-plan-calibration.json")
 MEASURED = sorted(
     path
     for path in RESULTS.glob("h[12]00-*.json")
@@ -77,6 +82,97 @@ def test_what_was_predicted_and_then_measured():
         assert abs(off["memory_gib"]) < 5, name
         assert abs(off["step_seconds"]) < 7, name
         assert abs(off["joules_per_1000_tokens"]) < 7, name
+
+
+def test_what_was_predicted_on_an_h200():
+    """With the calibration of that day; the host's speed moved by half within the hour."""
+    kept = json.loads((RESULTS / "h200-plan-validation.json").read_text())
+    again = repredict(kept, CALIBRATED)
+    host_bound = {"paper-3b fp8 tensorwise mb2", "llama-160m bf16 mb1 s256"}
+    assert host_bound < set(again)
+    for name, row in again.items():
+        off = row["percent_off"]
+        assert abs(off["memory_gib"]) < 5, name
+        assert abs(off["step_seconds"]) < (40 if name in host_bound else 7), name
+        waits = row["predicted"]["time_parts"]["host"]
+        assert (waits > 0) == (name in host_bound), name
+
+
+def test_layouts_that_were_measured_on_four_gpus():
+    kept = json.loads((RESULTS / "h200x4-paper-3b.json").read_text())
+    found = layouts(kept, CALIBRATED)
+    assert len(found) == 12
+    for name, row in found.items():
+        off = row["percent_off"]
+        assert abs(off["memory_gib"]) < 2, name
+        if "TP" not in name and "CP" not in name:  # those are not understood yet
+            assert abs(off["step_seconds"]) < 7, name
+
+
+def test_a_step_is_no_faster_than_its_hosts_launches(paper_3b):
+    known, network = load_calibration("h200-sxm"), NETWORKS["infiniband"]
+    slow = known.model_copy(update={"host_seconds_per_launch": 1e-3})
+    config = paper_3b("batch.global=16")  # 8 micro-batches
+    step = step_time(config, 1, slow, network)
+    assert step.total == pytest.approx(1e-3 * 28 * (8 * 45 + 11))
+    assert step.host > 0.7 * step.total
+    idle, busy = known.idle_watts, known.busy_watts["bf16"]
+    watts = step_joules(config, step, slow) / step.total
+    assert idle < watts < idle + 0.25 * (busy - idle)
+    # A pipeline stage launches for its own layers, and its bubble is as slow as they are.
+    halves = step_time(paper_3b("batch.global=16", "parallel.pipeline=2"), 2, slow, network)
+    stage = 1e-3 * (14 * (8 * 45 + 11) + 8 * 4)
+    assert stage < halves.total < stage * 9 / 8 + 0.2
+    assert step_time(config, 1, known, network).host == 0
+    replayed = paper_3b("batch.global=16", "training.cuda_graph=true")
+    assert step_time(replayed, 1, slow, network).host == 0
+
+
+def test_launches_go_by_the_linears_format(paper_3b):
+    def of_layer(*overrides):
+        config = paper_3b("batch.global=16", *overrides)
+        several, one = (launches(config, [range(1, 29)], n) for n in (9, 8))
+        return (several - one) / 28
+
+    fp8 = "precision.mode=fp8"
+    delayed = of_layer(fp8)
+    assert of_layer() < delayed < of_layer(fp8, "precision.recipe=blockwise")
+    # Nine points: a zero and a scale each, four searched for the largest value, five quantised.
+    assert of_layer(fp8, "precision.recipe=tensorwise") == delayed + 9 * 2 + 4 + 5
+    assert of_layer(fp8, "precision.bf16_first_layers=14") == (of_layer() + delayed) / 2
+    assert of_layer("training.recompute=full") == pytest.approx(of_layer() * 4 / 3)
+
+
+def test_launches_are_those_of_profiled_steps():
+    names = ["h100-paper-3b-bf16", "h100-paper-3b-fp8-delayed-fastest"]
+    names += ["h200-paper-3b-bf16", "h200-paper-3b-fp8-delayed-fastest"]
+    for record in records_of(names):
+        counted = launches(config_of(record), [range(1, 29)], record["accumulate"])
+        assert counted == pytest.approx(record["breakdown"]["kernels"], rel=0.01)
+    (profiles,) = records_of(["h200x2-paper-3b-profiles"])
+    cases = [case for case in profiles["cases_with_1_connections"] if "result" in case]
+    assert [case["name"] for case in cases] == ["fp8 TP2+SP", "fp8 PP2", "fp8 PP2x2"]
+    for case in cases:
+        config = build_config(parse(["bench", *case["words"]]), 2)
+        chunks = range(config.parallel.virtual_pipeline)
+        held = [layers_of_chunk(config.model, config.parallel, 0, chunk) for chunk in chunks]
+        counted = launches(config, held, 8)
+        assert counted == pytest.approx(case["result"]["breakdown"]["kernels"], rel=0.01)
+
+
+def test_current_scales_move_more_than_delayed_ones(paper_3b):
+    t, h, q, kv, f = 2 * 4096, 2048, 2048, 256, 11008
+
+    def moved(*overrides):
+        work = layer_work(paper_3b("precision.mode=fp8", *overrides), fp8=True)
+        return work.forward_bytes, work.backward_bytes
+
+    kept = "precision.fc1_output=fp8_kept"
+    delayed, current = moved(kept), moved(kept, "precision.recipe=tensorwise")
+    # Forward: two norms, attention's largest value, FC1's, and SwiGLU's output in BF16 and again.
+    assert current[0] - delayed[0] == 2 * 4 * t * h + 2 * t * q + 4 * t * f + 4 * t * f
+    # Backward: the largest values of two gradients; QKV's and FC1's gradients in a pass of theirs.
+    assert current[1] - delayed[1] == 2 * 2 * t * h + 4 * t * (q + 2 * kv) + 8 * t * f
 
 
 def test_a_layers_activations_are_what_the_blocks_save(paper_3b):

@@ -114,7 +114,9 @@ def plain_calibration() -> Calibration:
     step = step_time(config, 1, known, network_of("efa", 8))
     measured = config.tokens_per_step / _PLAIN_TOKENS_PER_SECOND
     share = known.memory_share["bf16"] * step.between / (step.between + measured - step.total)
-    return known.model_copy(update={"memory_share": {"bf16": share}, "stack": "plain torch"})
+    update: dict[str, Any] = {"memory_share": {"bf16": share}, "stack": "plain torch"}
+    update["host_seconds_per_launch"] = None  # of that stack it has not been measured
+    return known.model_copy(update=update)
 
 
 def judge(claim: Claim) -> dict[str, Any]:

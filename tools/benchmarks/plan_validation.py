@@ -1,11 +1,13 @@
 """Predict single-GPU runs with the planner, then measure them: memory, step time, joules.
 
     python -m tools.benchmarks.plan_validation --json result.json --budget-seconds 190
+    python -m tools.benchmarks.plan_validation --layouts results/h200x4-paper-3b.json --gpu FILE
 
 Each case is a `litespark bench` in a process of its own, started early so that it imports while the
 case before it is measured.  A case that the planner says does not fit is left out, as is what the
 budget leaves no time for; one that hangs or fails is reported and the next begins.  Predictions are
 made before anything is measured and come from the built-in calibration of the GPU that is found.
+With --layouts the layouts that `multi_gpu.py` has measured are predicted, afterwards.
 """
 
 from __future__ import annotations
@@ -86,6 +88,12 @@ def main() -> int:
     parser.add_argument(
         "--repredict", type=Path, metavar="FILE", help="measure nothing: an earlier --json again"
     )
+    parser.add_argument(
+        "--layouts",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: those of a multi_gpu.py --json",
+    )
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -93,6 +101,10 @@ def main() -> int:
     if args.repredict is not None:
         kept = json.loads(args.repredict.read_text())
         return finish(repredict(kept, args.gpu or kept["gpu"]), kept["gpu"], args.json)
+    if args.layouts is not None:
+        kept = json.loads(args.layouts.read_text())
+        gpu = args.gpu or gpu_of(kept["device"])
+        return finish(layouts(kept, gpu), gpu, args.json)
     gpu = args.gpu or found_gpu()
     names = args.only or list(CASES)
     cases = {name: options_of(name, quick=args.quick) for name in names}
@@ -125,6 +137,21 @@ def repredict(kept: Record, gpu: str) -> dict[str, Record]:
     return rows
 
 
+def layouts(kept: Record, gpu: str) -> dict[str, Record]:
+    """Litespark's cases of a result of `multi_gpu.py`, predicted by the planner as it is now."""
+    rows = {}
+    for case in kept["cases"]:
+        measured = case.get("result")
+        if case["kind"] != "bench" or not measured:
+            continue
+        words = ["bench", *case["words"]]
+        if "flash-attn-4" not in measured["versions"]:
+            words.append("model.attention=cudnn")
+        config = build_config(parse(words), case["gpus"])
+        rows[case["name"]] = compare(predict_config(config, gpu, case["gpus"]), measured)
+    return rows
+
+
 def options_of(name: str, *, quick: bool) -> list[str]:
     """The words of `litespark bench` for a case."""
     common = f"--warmup {_WARMUP} --steps {_STEPS} --no-profile"
@@ -140,8 +167,12 @@ def found_gpu() -> str:
     """The built-in calibration of this machine's GPU."""
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return "h200-sxm" if "H200" in name else "h100-sxm"
+    return gpu_of(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+
+
+def gpu_of(device: str) -> str:
+    """The built-in calibration of a device."""
+    return "h200-sxm" if "H200" in device else "h100-sxm"
 
 
 def predict(options: list[str], gpu: str) -> Record:
@@ -152,12 +183,12 @@ def predict(options: list[str], gpu: str) -> Record:
     return predict_config(build_config(parse(words), 1), gpu)
 
 
-def predict_config(config: RunConfig, gpu: str) -> Record:
-    """Memory, time and energy of a configuration on one GPU."""
+def predict_config(config: RunConfig, gpu: str, gpus: int = 1) -> Record:
+    """Memory of the fullest GPU, time and energy of a configuration on the GPUs of one host."""
     calibration = load_calibration(gpu)
-    memory = memory_plan(config, 1)
-    seconds = step_time(config, 1, calibration, NETWORKS["infiniband"])
-    joules = step_joules(config, seconds, calibration)
+    memory = memory_plan(config, gpus)
+    seconds = step_time(config, gpus, calibration, NETWORKS["infiniband"])
+    joules = gpus * step_joules(config, seconds, calibration)
     return {
         "fits": memory.needed <= calibration.memory_gib * _GIBIBYTE,
         "memory_gib": memory.peak / _GIBIBYTE,

@@ -41,7 +41,8 @@ class Calibration(BaseModel):
 
     `memory_share` is the share of the copy bandwidth that the kernels between the products reach;
     `gap_seconds_per_layer` is the time without a kernel for a layer and micro-batch, both passes;
-    `host_seconds_per_layer` what the host takes to launch them: a step cannot be faster.
+    `host_seconds_per_launch` is what the host takes for a kernel (`launches.py`): a step cannot be
+    faster than all of its launches.  Without it the host is taken to be fast enough.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,10 +60,13 @@ class Calibration(BaseModel):
     attention_forward_share: float = Field(default=0.27, gt=0, lt=1)
     optimizer_bytes_per_second: float = Field(gt=0)
     gap_seconds_per_layer: float = Field(ge=0)
-    host_seconds_per_layer: float | None = None
+    host_seconds_per_launch: float | None = Field(default=None, gt=0)
     busy_watts: dict[str, float]
     waiting_watts: float = Field(
         gt=0, description="While it waits for others; assumed where the source does not say so."
+    )
+    idle_watts: float | None = Field(
+        default=None, gt=0, description="While it waits for its host; else as for others."
     )
 
     def attention_seconds(self, flops: float, head_dim: int, sequence_length: int) -> float:

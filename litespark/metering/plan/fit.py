@@ -14,6 +14,7 @@ from litespark.errors import LitesparkError
 from litespark.metering.plan.activations import uses_fp8
 from litespark.metering.plan.calibration import AttentionRate, Calibration
 from litespark.metering.plan.communication import NETWORKS
+from litespark.metering.plan.launches import launches
 from litespark.metering.plan.time import step_time
 from litespark.metering.plan.work import (
     OPTIMIZER_BYTES,
@@ -27,6 +28,7 @@ from litespark.metering.plan.work import (
 Record = dict[str, Any]
 
 _WAITING_WATTS = 300.0  # assumed: busy waiting of NCCL's kernels, between idle (110) and the cap
+_LEAST_WATTS = 50.0  # no GPU that trains draws less
 _LONG = 2**31 - 1
 
 
@@ -126,6 +128,24 @@ def fit(records: Sequence[Record], subject: Subject) -> Calibration:
         if not record.get("breakdown"):
             calibration = _with_remainder(calibration, record)
     return calibration
+
+
+def with_host(calibration: Calibration, record: Record) -> Calibration:
+    """The calibration with what a step of a model too small for the GPU tells of its host.
+
+    The fastest step counts: the others say what else the host did.
+    """
+    config = config_of(record)
+    found = launches(config, [range(1, config.model.num_layers + 1)], record["accumulate"])
+    update: dict[str, float] = {"host_seconds_per_launch": record["step_seconds"]["min"] / found}
+    watts, seconds = record.get("watts_per_gpu"), record["step_seconds"]["median"]
+    if watts is not None:
+        alone = calibration.model_copy(update={"host_seconds_per_launch": None})
+        computing = step_time(config, 1, alone, NETWORKS["infiniband"]).total
+        busy = calibration.busy_watts[config.precision.mode]
+        idle = (watts * seconds - busy * computing) / max(seconds - computing, 0.5 * seconds)
+        update["idle_watts"] = max(idle, _LEAST_WATTS)
+    return calibration.model_copy(update=update)
 
 
 def _works(config: RunConfig) -> list[Work]:

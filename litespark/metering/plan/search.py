@@ -33,7 +33,8 @@ _PART_NAMES = {
     "transfer": "messages between stages",
     "bubble": "the pipeline's bubble",
     "data": "data-parallel messages",
-    "gaps": "launching small kernels",
+    "gaps": "gaps between kernels",
+    "host": "the host's launches",
     "products": "smaller matrix products",
     "attention": "attention",
     "between": "memory traffic between the products",
@@ -155,6 +156,8 @@ def search(config: RunConfig, cluster: Cluster) -> list[Plan]:
     plans: list[Plan] = []
     for candidate in _layouts(config, cluster.gpus):
         for recompute in _RECOMPUTE:
+            if recompute == "full" and config.training.cuda_graph:
+                break  # not valid together
             training = candidate.training.model_copy(update={"recompute": recompute})
             plan = Plan(candidate.model_copy(update={"training": training}), cluster)
             plans.append(plan)

@@ -1,8 +1,8 @@
 """Seconds of one step, by part, from a GPU's rates and the network's.
 
-The slowest pipeline stage sets the pace: its forward and backward passes for each micro-batch, the
-bubble at both ends of the pipeline, what of the communication is not hidden behind computation,
-and the optimizer.
+The slowest pipeline stage sets the pace: its forward and backward passes for each micro-batch, or
+its host where that takes longer to launch them, the bubble at both ends of the pipeline, what of
+the communication is not hidden behind computation, and the optimizer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from litespark.metering.plan.communication import (
     pipeline_seconds,
     tensor_seconds,
 )
+from litespark.metering.plan.launches import launches
 from litespark.metering.plan.parameters import layers_of_chunk, model_elements
 from litespark.metering.plan.work import (
     OPTIMIZER_BYTES,
@@ -63,15 +64,17 @@ class Pass:
 class StepTime:
     """Seconds of a step on a pipeline stage, by what they go to.
 
-    `recompute` is work that is done twice, `tensor`, `context`, `data` and `transfer` (between
-    stages) are communication that nothing hides, `bubble` is a pipeline that fills and empties, and
-    the wait of other stages for the one with the LM head.
+    `host` is the wait for a host that launches more slowly than the GPU computes, `recompute` is
+    work that is done twice, `tensor`, `context`, `data` and `transfer` (between stages) are
+    communication that nothing hides, `bubble` is a pipeline that fills and empties, and the wait of
+    other stages for the one with the LM head.
     """
 
     products: float
     attention: float
     between: float
     gaps: float
+    host: float
     recompute: float
     tensor: float
     context: float
@@ -88,7 +91,8 @@ class StepTime:
     @property
     def waiting(self) -> float:
         """Time in which the GPU computes nothing."""
-        return self.gaps + self.tensor + self.context + self.transfer + self.bubble + self.data
+        messages = self.tensor + self.context + self.transfer + self.data
+        return self.gaps + self.host + messages + self.bubble
 
     def as_record(self) -> dict[str, float]:
         """The parts and their sum, for JSON."""
@@ -110,21 +114,33 @@ def step_time(
     all_passes += (head.forward + head.backward).times(count / parallel.pipeline)
     again = passes.again.times(count)
     transfer = pipeline_seconds(config, network) * count
-    slowest = (forward + backward).total * count + again.total + transfer
+    computed = (forward + backward).total * count + again.total
+    optimizer = _optimizer_seconds(config, world_size, calibration)
+    launched = _host_seconds(config, calibration, count)
+    host = max(0.0, launched - computed - optimizer)
+    slowest = computed + host + transfer
     bubble = slowest * (parallel.pipeline - 1) / (parallel.virtual_pipeline * count)
     return StepTime(
         products=all_passes.products,
         attention=all_passes.attention,
         between=all_passes.between,
         gaps=all_passes.gaps + again.gaps,
+        host=host,
         recompute=again.total - again.gaps - again.tensor - again.context,
         tensor=all_passes.tensor + again.tensor,
         context=all_passes.context + again.context,
         transfer=transfer,
         bubble=bubble + uneven * count,
         data=data_seconds(config, world_size, network, forward.total + backward.total),
-        optimizer=_optimizer_seconds(config, world_size, calibration),
+        optimizer=optimizer,
     )
+
+
+def _host_seconds(config: RunConfig, calibration: Calibration, count: int) -> float:
+    """What a rank's host takes to launch a step of `count` micro-batches, on the first stage."""
+    chunks = range(config.parallel.virtual_pipeline)
+    held = [layers_of_chunk(config.model, config.parallel, 0, chunk) for chunk in chunks]
+    return (calibration.host_seconds_per_launch or 0.0) * launches(config, held, count)
 
 
 @dataclass(frozen=True)
@@ -189,14 +205,7 @@ def layer_passes(
         between=work.backward_bytes / speed,
         gaps=gaps * 2 / 3,
     )
-    host = calibration.host_seconds_per_layer
-    if host is None or is_head:
-        return ahead, back
-    # A host that is slower than the GPU leaves gaps of the difference.
-    missing = max(0.0, host - ahead.total - back.total)
-    return replace(ahead, gaps=ahead.gaps + missing / 3), replace(
-        back, gaps=back.gaps + missing * 2 / 3
-    )
+    return ahead, back
 
 
 def product_seconds(product: Product, calibration: Calibration) -> float:

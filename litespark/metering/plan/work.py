@@ -107,4 +107,27 @@ def _bytes_between(config: RunConfig, shape: RankShape, *, fp8: bool) -> tuple[f
     read = 2.0 if fc1_output(config) == "bf16" else 0.0
     quantised = 4.0 * t * shape.hidden
     forward += 4.0 * t * query + written * t * f
-    return forward, backward + 2 * quantised + (9.0 + read) * t * f
+    backward += 2 * quantised + (9.0 + read) * t * f
+    ahead, back = _bytes_without_delayed_scales(config, shape)
+    return forward + ahead, backward + back
+
+
+def _bytes_without_delayed_scales(config: RunConfig, shape: RankShape) -> tuple[float, float]:
+    """What moves besides, forward and backward, where no scale is known beforehand.
+
+    What a kernel would have written in FP8 it writes in BF16, and a pass quantises it: the linears'
+    inputs behind the two norms and SwiGLU, the gradients of QKV's and FC1's outputs.  With current
+    scales a pass before it looks for the largest value where no kernel has noted it: in attention's
+    output, FC1's output and the gradients of the two blocks.  Blockwise products cannot add to the
+    weights' gradients, so that a pass does.
+    """
+    recipe = config.precision.recipe
+    if recipe == "delayed":
+        return 0.0, 0.0
+    t, f, wide = shape.tokens, shape.ffn, shape.query + 2 * shape.groups
+    normed, dqkv = 2 * 4.0 * t * shape.hidden, 4.0 * t * wide
+    if recipe == "blockwise":
+        weights = shape.hidden * (wide + shape.query + 3 * f)
+        return normed + 5.0 * t * f, dqkv + 7.0 * t * f + 12.0 * weights
+    largest = 2.0 * t * shape.query + (0.0 if fc1_output(config) == "bf16" else 4.0 * t * f)
+    return normed + largest + 4.0 * t * f, dqkv + 8.0 * t * f + 2 * 2.0 * t * shape.hidden
