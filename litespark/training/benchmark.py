@@ -226,6 +226,7 @@ def _description(run: TrainingRun, options: BenchmarkOptions) -> Record:
         "document_mask": config.data.document_mask,
         "task": config.task,
         "recompute": config.training.recompute,
+        "cuda_graph": config.training.cuda_graph,
         "attention": model.attention,
         "warmup": options.warmup,
         "device": run.process.device.name,

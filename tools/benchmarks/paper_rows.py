@@ -85,7 +85,8 @@ def config_of(claim: Claim, cluster: Cluster) -> RunConfig:
     precision = base.precision.model_copy(update={"mode": "bf16" if is_plain else "fp8"})
     config = base.model_copy(update={"run": run, "precision": precision})
     if not is_plain:
-        return search(config, cluster)[0].config
+        training = base.training.model_copy(update={"cuda_graph": True})
+        return search(config.model_copy(update={"training": training}), cluster)[0].config
     tensor = 1 if claim.model == "3b" else 8
     replicas = claim.gpus // tensor
     parallel = base.parallel.model_copy(
@@ -131,7 +132,10 @@ def judge(claim: Claim) -> dict[str, Any]:
     return {
         **asdict(claim),
         "name": claim.name,
-        "layout": plan.overrides(),
+        "layout": [
+            *plan.overrides(),
+            f"training.cuda_graph={str(config.training.cuda_graph).lower()}",
+        ],
         "claimed_tokens_per_second_per_gpu": rate,
         "claimed_tflops_causal": rate * work / 1e12,
         "claimed_watts_per_gpu": claim.megawatt_hours * 1e6 / (claim.gpus * hours),

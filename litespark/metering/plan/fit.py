@@ -62,7 +62,11 @@ def config_of(record: Record) -> RunConfig:
             "batch": {"micro": record["micro_batch"], "global": samples},
             "precision": precision,
             "optimizer": {"lr": 1e-4},
-            "training": {"steps": 1, "recompute": record.get("recompute", "none")},
+            "training": {
+                "steps": 1,
+                "recompute": record.get("recompute", "none"),
+                "cuda_graph": record.get("cuda_graph", False),
+            },
         }
     )
 
