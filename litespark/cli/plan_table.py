@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from litespark.config.validate import validate
 from litespark.metering.plan.search import Plan, best_of_each_kind
 
 _SHOWN = 5
 _LOSERS = 10
+_FILE_WIDTH = 140
+_NOTED_SHARE = 0.02  # of a step that waits for the host
 _GIBIBYTE = 2**30
 _MEMORY_PARTS = (
     *("weights", "gradients", "optimizer", "fp8_copies"),
@@ -24,7 +29,9 @@ _TIME_PARTS = (
 
 def print_plans(plans: Sequence[Plan], written: Plan | None, tokens: float, seconds: float) -> None:
     """Print the tables of plans in the order of `search`; `written` is the configuration's own."""
-    console = Console(soft_wrap=False)
+    # A file or a pipe has no width, and cut columns say nothing.
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(soft_wrap=False, width=None if has_width else _FILE_WIDTH)
     fitting = [plan for plan in plans if plan.fits]
     best = best_of_each_kind(fitting, _SHOWN)
     cluster, config = plans[0].cluster, plans[0].config
@@ -48,6 +55,22 @@ def print_plans(plans: Sequence[Plan], written: Plan | None, tokens: float, seco
     if best:
         console.print("To take the first:", highlight=False)
         console.print("  " + " ".join(best[0].overrides()), highlight=False, soft_wrap=True)
+        if _gains_from_recording(best[0]):
+            console.print(
+                "Its GPUs wait for the host that launches their kernels: add "
+                "training.cuda_graph=true, to the configuration or to this command.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _gains_from_recording(plan: Plan) -> bool:
+    """Whether the step waits for its host, and could be recorded."""
+    if plan.step.host < _NOTED_SHARE * plan.step.total:
+        return False
+    training = plan.config.training.model_copy(update={"cuda_graph": True})
+    recorded = plan.config.model_copy(update={"training": training})
+    return not validate(recorded, plan.cluster.gpus)
 
 
 def name_of(plan: Plan) -> str:

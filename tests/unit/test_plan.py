@@ -373,6 +373,22 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "is_said"),
+    [
+        (["--gpus", "256"], True),  # one sample a GPU, faster than its host launches it
+        (["--gpus", "256", "training.cuda_graph=true"], False),
+        (["--gpus", "256", "model.backend=reference"], False),  # cannot be recorded
+        (["--gpus", "8"], False),
+    ],
+)
+def test_waiting_for_the_host_is_said(tmp_path, capsys, words, is_said):
+    path = tmp_path / "run.yaml"
+    path.write_text(PAPER_3B)
+    assert main(["plan", str(path), "--gpu", "h200-sxm", *words]) == 0
+    assert ("add training.cuda_graph=true" in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--gpus", "0"], "--gpus 0"),
