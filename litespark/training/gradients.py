@@ -28,7 +28,7 @@ def finalize_gradients(
     megatron-core's `finalize_model_grads`, whose arguments these are.  `num_tokens`, integer [], is
     right on the last pipeline stage; gradients of a batch without tokens, which are 0, stay.
     """
-    finalize_model_grads(chunks, None, pg_collection=pg_collection, **options)
+    finalize_model_grads(list(chunks), None, pg_collection=pg_collection, **options)
     if num_tokens is None:
         return
     stages: Any = pg_collection.pp

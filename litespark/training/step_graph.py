@@ -103,11 +103,6 @@ class StepGraph:
         self._moved_layers = frozenset(self._policy.moved_layers)
         self._eager_steps_left = EAGER_STEPS
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether the next step is a replay, unless layers change their formats."""
-        return self._recording is not None
-
     def run(self, micro_batches: MicroBatches, passes: Passes) -> Reports:
         """`passes(micro_batches)`; the tensors returned are overwritten by the next step's.
 
