@@ -1,10 +1,11 @@
 """Pre-training, SFT, DPO, export, answers: the whole path of a chat model, on a CPU, with figures.
 
 Each step is the `litespark` command that a user would type.  The conversations are made up
-(`make_chats.py`): questions about colours, answered in one of two forms.  SFT teaches both forms
-alike; DPO prefers one.  At the end `transformers` loads both exports and answers questions that no
-training has seen; told are how many answers have the preferred form, and how many name the right
-colour, before and after DPO.
+(`make_chats.py`): questions about colours, answered in one of two forms.  SFT teaches both alike;
+DPO prefers one for half of the colours and the other for the rest.
+At the end `transformers` loads both exports and takes up what no training has seen; told are,
+before and after DPO, in how many pairs the chosen answer is the likelier one, how many of its own
+answers have the preferred form, and how many name the right colour.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from make_chats import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
@@ -49,14 +53,14 @@ def main() -> int:
     figures: dict[str, Any] = {}
     for task in ("sft", "dpo"):
         litespark("export", str(WORK / task), str(WORK / f"hf_{task}"))
-        figures[task] = answers(WORK / f"hf_{task}")
-    question = held_out()[0][0]
-    figures["said"] = litespark(
-        *("generate", str(WORK / "dpo"), "--chat", "--prompt", question),
-        *("--temperature", "0", "--max-new-tokens", "24"),
-    ).strip()
-    figures["question"] = question
-    figures["reference_prefers"] = reference_prefers()
+        figures[task] = judge(WORK / f"hf_{task}")
+    figures["said"] = {
+        case.question: litespark(
+            *("generate", str(WORK / "dpo"), "--chat", "--prompt", case.question),
+            *("--temperature", "0", "--max-new-tokens", "24"),
+        ).strip()
+        for case in held_out()[:2]
+    }
     figures["validation"] = {task: validation(task) for task in ("pretrain", "sft", "dpo")}
     figures["minutes"] = (time.monotonic() - started) / 60
     summarize(figures)
@@ -103,45 +107,51 @@ def train_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def held_out() -> list[tuple[str, str]]:
-    """Questions and colours that no training has seen."""
+def held_out() -> list[Case]:
+    """The cases that no training has seen."""
     sys.path.insert(0, str(ROOT / HERE))
     from make_chats import held_out as of_seed
 
     return of_seed()
 
 
-def answers(folder: Path) -> dict[str, Any]:
-    """What an export says to the questions that were held out, greedily."""
+def judge(folder: Path) -> dict[str, Any]:
+    """What an export makes of the cases held out: their pairs, and its own greedy answers."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)  # a model this small is slower with more
     tokenizer = AutoTokenizer.from_pretrained(ROOT / folder)
     model = AutoModelForCausalLM.from_pretrained(ROOT / folder)
+    found = {"asked": 0, "ordered_right": 0, "preferred_form": 0, "right_colour": 0}
     said = []
-    for question, colour in held_out():
-        message = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    for case in held_out():
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": case.question}], add_generation_prompt=True, tokenize=False
         )
+        ids = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=16, do_sample=False)
-        text = tokenizer.decode(out[0, ids["input_ids"].size(1) :], skip_special_tokens=True)
-        said.append((question, colour, text.strip()))
-    return {
-        "asked": len(said),
-        "preferred_form": sum(text.startswith("Answer: ") for _, _, text in said),
-        "right_colour": sum(text.endswith(f" {colour}.") for _, colour, text in said),
-        "first": said[:4],
-    }
+        start = ids["input_ids"].size(1)
+        text = tokenizer.decode(out[0, start:], skip_special_tokens=True).strip()
+        chosen, rejected = (
+            answer_logp(model, tokenizer(f"{prompt}{answer}<|im_end|>", return_tensors="pt"), start)
+            for answer in (case.chosen, case.rejected)
+        )
+        found["asked"] += 1
+        found["ordered_right"] += chosen > rejected
+        found["preferred_form"] += text[-1:] == case.chosen[-1]
+        found["right_colour"] += text[:-1].endswith(f" {case.colour}")
+        said.append((case.question, text, chosen - rejected))
+    return {**found, "said": said}
 
 
-def reference_prefers() -> int:
-    """How many of the pairs held out the model before DPO puts in the chosen order."""
-    import numpy as np
+def answer_logp(model: Any, tokens: Any, start: int) -> float:
+    """Log-probability of the tokens from `start` on, given those before, in nats."""
+    import torch
 
-    folder = ROOT / WORK / "data" / "chats_dpo_document_reference"
-    (path,) = folder.glob("*.npy")
-    chosen, rejected = np.load(path).reshape(-1, 2)[-len(held_out()) :].T
-    return int((chosen > rejected).sum())
+    with torch.no_grad():
+        logps = model(**tokens).logits[0, start - 1 : -1].float().log_softmax(-1)
+    return float(logps.gather(1, tokens["input_ids"][0, start:, None]).sum())
 
 
 def validation(task: str) -> list[dict[str, Any]]:
@@ -156,22 +166,21 @@ def summarize(figures: dict[str, Any]) -> None:
     for task in ("pretrain", "sft", "dpo"):
         losses = [f"{record['validation_loss']:.4f}" for record in figures["validation"][task]]
         print(f"   {task}: validation loss {' -> '.join(losses)}")
-    print(
-        f"   before dpo the likelier answer is the chosen one in {figures['reference_prefers']} of "
-        f"{len(held_out())} pairs held out"
-    )
     for record in figures["validation"]["dpo"]:
+        share, margin = (record[f"validation_reward_{name}"] for name in ("accuracy", "margin"))
         print(
-            f"   dpo, step {record['step']}: {100 * record['validation_reward_accuracy']:.0f} % of "
-            f"the pairs held out are ordered right, margin {record['validation_reward_margin']:.3f}"
+            f"   dpo, step {record['step']}: {100 * share:.0f} % of the pairs held out have moved "
+            f"to the chosen answer, margin {margin:.3f}"
         )
     for task in ("sft", "dpo"):
         found = figures[task]
         print(
-            f"   after {task}, of {found['asked']} questions held out: {found['preferred_form']} "
-            f"answers have the preferred form, {found['right_colour']} name the right colour"
+            f"   after {task}, of {found['asked']} cases held out: {found['ordered_right']} pairs "
+            f"are ordered right, {found['preferred_form']} answers have the preferred form, "
+            f"{found['right_colour']} name the right colour"
         )
-    print(f"   {figures['question']!r} -> {figures['said']!r}")
+    for question, answer in figures["said"].items():
+        print(f"   {question!r} -> {answer!r}")
 
 
 def litespark(*arguments: str) -> str:
