@@ -6,11 +6,11 @@
 
 Every tool is started as a user would start it, on the same text, one after another, `--rounds`
 times in turn; each round's figures are kept and the best wall time is compared.  Wall time counts
-from the start of the process to its end, so imports are in it.  CPU-seconds are those of the
-process and all its children.  Peak memory is taken in one more run, which is not timed, for looking
-costs time: the largest sum, over all processes of the tool, of PSS (what a process holds, shared
-pages divided among their holders), sampled every 50 ms; the sum of RSS, which counts shared pages
-once a process, stands beside it.
+from the start of the process to its end, so imports are in it; what earlier runs wrote is put on
+the disk first.  CPU-seconds are those of the process and all its children.  Peak memory is taken in
+one more run, which is not timed, for looking costs time: the largest sum, over all processes of the
+tool, of PSS (what a process holds, shared pages divided among their holders), sampled every 50 ms;
+the sum of RSS, which counts shared pages once a process, stands beside it.
 
 Megatron-LM's tools read plain `.jsonl`, so they get the decompressed file, and decompressing it is
 not counted.  `preprocess_data_fast.py` needs Python 3.12 or newer and gigatoken.  The classic tool
@@ -66,6 +66,7 @@ def measure(
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    os.sync()  # ours ends with its files on the disk, and must not wait there for another's
     started, before = time.perf_counter(), os.times()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
