@@ -87,6 +87,8 @@ def main() -> None:
         prefix, folder = args.measure
         measure(prefix, folder, args.sequence_length, args.packing)
         return
+    if args.folder is not None:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         prefix = Path(folder) / "synthetic"
         tokens = write_sparse_shard(prefix, args.documents, args.tokens)
