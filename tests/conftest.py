@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_patches import applied_patches, revert_patches
+from tests.support import cli
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, so before any module with kernels is imported.
@@ -31,6 +32,13 @@ def _log_levels_as_they_were():
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _no_runs_left_over():
+    """A test that fails while a command runs must not leave it to the tests that follow."""
+    yield
+    cli.end_all()
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,15 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in launcher}
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """Start `litespark ARGUMENTS` with more environment variables; both outputs are captured."""
-    return subprocess.Popen(
+    """Start `litespark ARGUMENTS` with more environment variables; both outputs are captured.
+
+    A command that outlives its test is killed (`end_all`), and its ranks with it.
+    """
+    process = subprocess.Popen(
         [sys.executable, "-m", "litespark", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -33,6 +39,17 @@ def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         env=environment() | variables,
         cwd=ROOT,
     )
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill what `start` has started and a test has left, because it failed before the end."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def run(
