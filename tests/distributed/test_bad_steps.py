@@ -86,8 +86,7 @@ def poisoned_rank(rank, world_size, config_path, overrides, factors, skipped=Non
         train(run, [Counter(), *build_hooks(run), Recorder()])
     except GuardError as found:
         error = str(found)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     weights = [p.detach().clone() for c in run.chunks for p in bare_model(c).parameters()]
     moments = [
         value.clone()

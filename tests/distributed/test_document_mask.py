@@ -9,10 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.distributed.test_layouts import LAYOUTS, assert_same
-from tests.support.runs import VOCAB_SIZE, config_tree, train_and_save_rank, train_rank
+from tests.support.runs import (
+    VOCAB_SIZE,
+    train_and_save_rank,
+    train_rank,
+    write_config,
+)
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -36,10 +40,7 @@ def write_short_documents(prefix):
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("documents")
-    tree = config_tree(folder, write_short_documents(folder / "tokens"))
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
+    return write_config(folder, write_short_documents(folder / "tokens"))
 
 
 def alone_rank(rank, world_size, config_path, overrides):

@@ -15,9 +15,8 @@ import math
 
 import pytest
 import torch
-import yaml
 
-from tests.support.runs import config_tree, write_shard
+from tests.support.runs import write_config, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -31,9 +30,7 @@ OUTLIER = 1e4
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("fp8_guard")
     shard = write_shard(folder / "tokens")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
-    return str(path)
+    return write_config(folder, shard)
 
 
 @torch.no_grad()
@@ -88,8 +85,7 @@ def guarded_rank(rank, world_size, config_path, overrides, sick_layer, stop_step
         Checkpointing().save_now(run)
         for hook in hooks:
             hook.close()
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     from litespark.checkpoint.sharded import bare_model
 
     in_bf16 = [
@@ -115,8 +111,7 @@ def compared_rank(rank, world_size, config_path, overrides, sick_layer, ruin=Non
     details = []
     run.record_event = lambda event, detail: details.append((event, detail))
     gap = Fp8Guard().compare(run)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return gap, details
 
 
@@ -322,8 +317,7 @@ def announced_rank(rank, world_size, config_path, overrides):
     logging.getLogger("litespark.fp8").addHandler(handler)
     logging.getLogger("litespark.fp8").setLevel(logging.INFO)
     Fp8Guard().compare(run)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return records
 
 

@@ -8,10 +8,14 @@ in `test_layouts.py`: the fused blocks sum in other orders, which is all that ma
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from tests.distributed.test_layouts import LAYOUTS, TIED_AND_PADDED, assert_same
-from tests.support.runs import config_tree, train_and_save_rank, train_rank, write_shard
+from tests.support.runs import (
+    train_and_save_rank,
+    train_rank,
+    write_config,
+    write_shard,
+)
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -24,9 +28,7 @@ FP8 = [FUSED, "precision.mode=fp8"]
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("fused_layouts")
     shard = write_shard(folder / "tokens")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
-    return str(path)
+    return write_config(folder, shard)
 
 
 @pytest.fixture(scope="module")

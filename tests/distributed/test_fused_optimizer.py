@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
-from tests.support.runs import config_tree, write_shard
+from tests.support.runs import write_config, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -51,9 +50,7 @@ LAYOUTS = {
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("fused")
     shard = write_shard(folder / "tokens")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
-    return str(path)
+    return write_config(folder, shard)
 
 
 def _norm_in_fp64(grads: list[torch.Tensor], norm_type: int = 2, *, grad_stats_parallel_group: Any):
@@ -108,8 +105,7 @@ def train_rank(
             for number, chunk in enumerate(run.chunks)
             for name, parameter in bare_model(chunk).named_parameters()
         }
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return history, weights
 
 
@@ -273,8 +269,7 @@ def refusing_rank(
     for _ in range(3):
         outcomes.append(train_step(run))
         states.append(state())
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     assert [outcome.refused for outcome in outcomes] == [None, "for the test", None]
     assert seen == [outcome.grad_norm for outcome in outcomes]
     assert not all(map(torch.equal, states[1], states[2])), "the next step is made"

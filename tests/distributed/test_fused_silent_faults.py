@@ -12,10 +12,9 @@ import functools
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.distributed.test_layouts import assert_same
-from tests.support.runs import config_tree, write_shard
+from tests.support.runs import write_config, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -31,9 +30,7 @@ SMALL_BUCKETS = 2000
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("fused_silent_faults")
     shard = write_shard(folder / "tokens")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
-    return str(path)
+    return write_config(folder, shard)
 
 
 def _train(
@@ -69,8 +66,7 @@ def _train(
             guard.compare(run)
     if save_at:
         Checkpointing().save_now(run)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     chunk: Any = run.chunks[0]
     return history, evaluations, len(chunk.bucket_groups), sorted(run.policy.moved_layers)
 

@@ -10,14 +10,13 @@ is far below what a real fault causes (a forgotten reduction: 1e-3).
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from tests.support.runs import (
-    config_tree,
     optimizer_groups_rank,
     train_and_save_rank,
     train_rank,
     train_unreduced_norms_rank,
+    write_config,
     write_shard,
 )
 from tests.support.spawn import run_distributed
@@ -61,9 +60,7 @@ TIED_AND_PADDED = "model.tie_embeddings=true model.vocab_size=121 model.vocab_pa
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("layouts")
     shard = write_shard(folder / "tokens")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
-    return str(path)
+    return write_config(folder, shard)
 
 
 @pytest.fixture(scope="module")

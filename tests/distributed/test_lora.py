@@ -44,8 +44,7 @@ def trained_rank(rank, world_size, config_path, overrides):
     while run.step < run.total_steps:
         outcome = train_step(run)
         history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     moved = {
         name: float((parameter.detach() - before[name]).abs().max())
         for chunk in run.chunks

@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-import yaml
 
-from tests.support.runs import config_tree, write_shard
+from tests.support.runs import write_config, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -23,9 +22,7 @@ BACKENDS = {
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("no_labels")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, write_shard(folder / "tokens"))))
-    return str(path)
+    return write_config(folder, write_shard(folder / "tokens"))
 
 
 def masked_rank(rank, world_size, config_path, overrides, masked_steps):
@@ -65,8 +62,7 @@ def masked_rank(rank, world_size, config_path, overrides, masked_steps):
         for chunk in run.chunks
         for parameter in chunk.parameters()
     )
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return {"nothing": nothing, "gap": gap, "history": history, "finite": weights_are_finite}
 
 

@@ -73,8 +73,7 @@ def random_states_rank(
     saving.save_now(run)
     for hook in hooks:
         hook.close()
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return before, after
 
 
@@ -128,8 +127,7 @@ def resume_rank(
         run = set_up(load_config(config_path, overrides))
     except BaseException as error:  # also what is no Exception
         return type(error).__name__, str(error)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return "", ""
 
 

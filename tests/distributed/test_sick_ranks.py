@@ -62,8 +62,7 @@ def sick_rank(rank, world_size, config_path, overrides, kind, sick):
         train(run, build_hooks(run))
     except GuardError as found:
         error = str(found)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     weights = [p.detach().clone() for c in run.chunks for p in bare_model(c).parameters()]
     return error, run.step, weights
 

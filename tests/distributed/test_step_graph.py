@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
 
-from tests.support.runs import config_tree, train_rank, write_shard
+from tests.support.runs import train_rank, write_config, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -43,10 +42,7 @@ class Again:
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("step_graph")
-    tree = config_tree(folder, write_shard(folder / "tokens"))
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
+    return write_config(folder, write_shard(folder / "tokens"))
 
 
 def recorded_rank(rank, world_size, config_path, overrides, moved_after=None):
@@ -72,8 +68,7 @@ def recorded_rank(rank, world_size, config_path, overrides, moved_after=None):
             evaluate_samples(run, getattr(run.train_batches, "samples", None), 1)
         if run.step == moved_after:
             run.policy.moved_layers.add(2)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return {"history": history, "replayed": replayed, "seen": seen}
 
 
@@ -130,8 +125,7 @@ def refused_rank(rank, world_size, config_path):
             train_step(run)
     except LitesparkError as error:
         message = str(error)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     untouched = "fork" not in vars(get_cuda_rng_tracker()) and run.core_config.batch_p2p_sync
     return message, run.step, untouched, run.step_graph.is_recording
 

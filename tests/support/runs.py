@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 VOCAB_SIZE = 120
 
@@ -47,6 +48,13 @@ def config_tree(folder: Path, shard: str) -> dict[str, Any]:
     }
 
 
+def write_config(folder: Path, shard: str) -> str:
+    """`config_tree` as a file in the folder; its path."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config_tree(folder, shard)))
+    return str(path)
+
+
 def train_rank(
     rank: int, world_size: int, config_path: str, overrides: list[str]
 ) -> list[tuple[float, float]]:
@@ -60,8 +68,7 @@ def train_rank(
     while run.step < run.total_steps:
         outcome = train_step(run)
         history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     return history
 
 
@@ -97,8 +104,7 @@ def train_and_save_rank(
     while run.step < stop_step:
         train_step(run)
     Checkpointing().save_now(run)
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
 
 
 def optimizer_groups_rank(
@@ -125,8 +131,7 @@ def optimizer_groups_rank(
         run = setup.set_up(load_config(config_path, overrides))
     finally:
         setup.load_checkpoint = original
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     assert optimizer_step(run.optimizer) == run.step
     groups = run.optimizer.param_groups
     return [{key: group[key] for key in group if key != "params"} for group in groups]

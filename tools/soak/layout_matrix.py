@@ -180,8 +180,7 @@ def _train_on(run: Any) -> None:
     losses = []
     while run.step < STEPS:
         losses.append(mean_loss(train_step(run).loss_and_tokens))
-    if run.train_batches is not None:
-        run.train_batches.close()
+    run.close()
     if run.process.is_first:
         (run.folder / "losses.json").write_text(json.dumps(losses))
 
