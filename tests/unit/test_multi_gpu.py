@@ -74,8 +74,14 @@ def tell(line):
     if first:
         with open(progress, "a") as file:
             file.write(json.dumps(line) + "\\n")
+def wait_for_first(begin):
+    # As the collectives of a real case do.
+    while not os.path.exists(progress) or begin not in open(progress).read():
+        time.sleep(0.02)
 for case in cases:
-    tell({"event": "begin", "name": case["name"]})
+    begin = {"event": "begin", "name": case["name"]}
+    tell(begin)
+    wait_for_first(json.dumps(begin) + "\\n")
     for word in case["words"]:
         if word == "fail" and not first:
             raise ValueError("a rank has failed")

@@ -197,6 +197,9 @@ class Group:
                 return None
             if failed:
                 time.sleep(1.0)  # for the last words of the others
+                self._read_progress()
+                if len(self.done) == len(self.cases):
+                    return None
                 return f"rank {failed[0]} ended with exit code {codes[failed[0]]}"
             now = time.monotonic()
             limit = START_SECONDS if self.current is None else self.current.timeout_seconds
