@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 import pytest
 import torch
 
 from megatron_patches import applied_patches, revert_patches
 from tests.support import cli
+
+# A shell starts what it puts in the background with SIGINT ignored, and children inherit that; the
+# commands that tests start must hear Ctrl-C wherever the tests run.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, so before any module with kernels is imported.

@@ -327,6 +327,12 @@ def _check_cuda_graph(config: RunConfig) -> Iterator[UserError]:
             f"records the fused blocks, and model.backend = {config.model.backend}",
             "Set model.backend=triton, or training.cuda_graph=false.",
         )
+    for what in _unfused_parts(config):
+        yield UserError(
+            key,
+            f"records the fused blocks, and with {what} the reference computes",
+            "Set training.cuda_graph=false.",
+        )
     if config.task != "pretrain" or config.data.document_mask:
         what = f"task = {config.task}" if config.task != "pretrain" else "data.document_mask = true"
         yield UserError(
@@ -340,6 +346,16 @@ def _check_cuda_graph(config: RunConfig) -> Iterator[UserError]:
             "cannot record the random states that training.recompute = full keeps",
             "Set training.recompute=selective or none, or training.cuda_graph=false.",
         )
+
+
+def _unfused_parts(config: RunConfig) -> Iterator[str]:
+    """What makes model.backend = auto take the reference for the model, on any machine."""
+    model, tensor = config.model, config.parallel.tensor
+    for name in ("qkv_bias", "qk_norm"):
+        if getattr(model, name):
+            yield f"model.{name} = true"
+    if model.num_query_groups < tensor:
+        yield f"model.num_query_groups = {model.num_query_groups} < parallel.tensor = {tensor}"
 
 
 def _check_exports(config: RunConfig) -> Iterator[UserError]:

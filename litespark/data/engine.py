@@ -171,11 +171,15 @@ def encode_texts(load: Callable[[], Engine], texts: Sequence[str]) -> list[list[
     """Return the ids that an engine gives each text, or why it cannot be loaded."""
     try:
         engine = load()
+        return [engine.encode(text.encode("utf-8")).tolist() for text in texts]
     except RuntimeError as error:  # all that its Rust side raises
         return f"gigatoken cannot read the model ({error})"
     except ImportError as error:  # no binary for this platform, say
         return f"gigatoken cannot be imported ({error})"
-    return [engine.encode(text.encode("utf-8")).tolist() for text in texts]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what a panic in Rust is here: no Exception
+            raise
+        return f"gigatoken fails ({error})"
 
 
 def reason_against(

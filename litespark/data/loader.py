@@ -18,6 +18,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,6 +165,8 @@ class BatchLoader:
         """Stop and join the thread; may be called more than once."""
         self._closing.set()
         if self._thread is not None:
+            with suppress(queue.Empty):  # room for what the thread holds, which it waits for
+                self._ready.get_nowait()
             self._thread.join()
             self._thread = None
 

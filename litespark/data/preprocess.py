@@ -15,10 +15,13 @@ was killed goes on; the final names appear when all is done.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,9 +74,22 @@ def preprocess(
         LitesparkError: when a worker process dies or the disk refuses a write.
     """
     say = say or (lambda line: None)
-    tokenizer = load_tokenizer(options.tokenizer)
-    _check_options(options, tokenizer)
+    _check_options(options)
     sources = find_sources(options.inputs)
+    # The workers start while this process reads the tokenizer.
+    with _started_pool(_useful_workers(options, sources)) as pool:
+        return _preprocess(options, sources, pool, report, say)
+
+
+def _preprocess(
+    options: PreprocessOptions,
+    sources: list[Source],
+    pool: ProcessPoolExecutor,
+    report: Callable[[Progress], None] | None,
+    say: Callable[[str], None],
+) -> dict[str, Manifest]:
+    tokenizer = load_tokenizer(options.tokenizer)
+    _check_tokenizer(options, tokenizer)
     prefix = options.output_prefix
     prepare_output(options)
     try:
@@ -85,7 +101,7 @@ def preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, work.path, say)
+            _tokenize(job, tokenizer, pool, work.path, say)
             job.seal()
         manifests = job.publish()
         work.mark_done()
@@ -127,7 +143,7 @@ def prepare_output(options: PreprocessOptions) -> None:
         prepare_folder(options.output_prefix, options.shard_prefix(key))
 
 
-def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+def _check_options(options: PreprocessOptions) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}", "is below 1", "Give 1 or more.")
     if options.max_errors < 0:
@@ -139,6 +155,9 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             f"{', '.join(sorted(repeated))} is named more than once",
             "Name each key once; each gives one shard.",
         )
+
+
+def _check_tokenizer(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
     _check_names(options, tokenizer)
     for wanted, token_id, what, option in (
         (options.append_eod, tokenizer.eos_id, "end-of-text token to append", "--no-append-eod"),
@@ -166,57 +185,82 @@ def _check_names(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
             ) from error
 
 
-def _tokenize(job: Job, tokenizer: Tokenizer, work: Path, say: Callable[[str], None]) -> None:
-    """Run all blocks that are left through the workers."""
-    options, blocks = job.options, job.blocks()
-    # A small input gets a process a block: each reads the tokenizer, which takes longer.
+def _useful_workers(options: PreprocessOptions, sources: list[Source]) -> int:
+    """A small input gets a process a block: each reads the tokenizer, which takes longer."""
     few = min(options.workers, _COUNTED_BLOCKS)
-    first_blocks = list(islice(blocks, few))
-    blocks = chain(first_blocks, blocks)
-    if len(first_blocks) < few:
-        options = replace(options, workers=max(1, len(first_blocks)))
-    model_path = work / _MODEL_NAME
-    pool = _start_pool(options, tokenizer, model_path)
+    blocks = chain.from_iterable(iterate_blocks(s, columns=options.columns) for s in sources)
     try:
-        # The workers start while this process prepares the model.
-        plain_json = tokenizer.plain_json()
-        model = None if plain_json is None else cut_at_line_ends(plain_json)
-        in_flight: _InFlight = []
-        reason: str | None = "gigatoken does not know this kind of tokenizer"
-        if model is not None:
-            model.save(model_path)
-            texts = probe_texts(tokenizer, _first_documents(options, job.sources))
-            tried = pool.submit(workers.try_engine, texts)
-            # Blocks follow at once; what became of them is dropped where the engine is not right.
-            for block in islice(blocks, options.workers * IN_FLIGHT_PER_WORKER):
-                in_flight.append((block, pool.submit(workers.tokenize_block, block)))
-            # Reading the reference takes as long as loading the engine, which goes on meanwhile.
-            expected = [tokenizer.encode(text) for text in texts]
-            ids = tried.result()
-            reason = ids if isinstance(ids, str) else reason_against(texts, ids, expected)
-        if reason is not None:
-            say(
-                f"note: {reason}; the reference tokenizer is used, which takes several times longer"
-            )
-            pool.shutdown(wait=True, cancel_futures=True)
-            pool = _start_pool(options, tokenizer, None)
-            blocks = chain([block for block, _ in in_flight], blocks)
-            in_flight = []
-        results = results_in_order(pool, workers.tokenize_block, blocks, options.workers, in_flight)
-        for block, result in results:
-            job.take(block, result)
+        found = sum(1 for _ in islice(blocks, few))
+    except UserError:  # told when the job comes to it
+        return options.workers
+    return options.workers if found == few else max(1, found)
+
+
+@contextmanager
+def _started_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Spawned, not forked: tokenizer libraries and progress bars own threads, and a forked
+    # copy of a lock held by one of them would hang the child.
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=workers.initialize
+    )
+    # A child inherits the mask: it would tell of Ctrl-C before `initialize` makes it deaf.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(num_workers):
+            pool.submit(workers.warm_up)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_pool(
-    options: PreprocessOptions, tokenizer: Tokenizer, model_path: Path | None
-) -> ProcessPoolExecutor:
-    # Small, and the model comes by a file: what does not fit in a pipe would be handed to one
-    # process after the other, each when the last has started.
-    settings = workers.Settings(
+def _tokenize(
+    job: Job,
+    tokenizer: Tokenizer,
+    pool: ProcessPoolExecutor,
+    work: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Run all blocks that are left through the workers."""
+    options, blocks = job.options, job.blocks()
+    model_path = work / _MODEL_NAME
+    settings = _settings(options, tokenizer, model_path)
+    in_flight: _InFlight = []
+    reason: str | None = "gigatoken does not know this kind of tokenizer"
+    plain_json = tokenizer.plain_json()
+    if plain_json is not None:
+        # By a file: what does not fit in a pipe would be handed to one process after the other.
+        cut_at_line_ends(plain_json).save(model_path)
+        texts = probe_texts(tokenizer, _first_documents(options, job.sources))
+        tried = pool.submit(workers.try_engine, settings, texts)
+        # Blocks follow at once; what became of them is dropped where the engine is not right.
+        for block in islice(blocks, options.workers * IN_FLIGHT_PER_WORKER):
+            in_flight.append((block, pool.submit(workers.tokenize_block, settings, block)))
+        # Reading the reference takes as long as loading the engine, which goes on meanwhile.
+        expected = [tokenizer.encode(text) for text in texts]
+        ids = tried.result()
+        reason = ids if isinstance(ids, str) else reason_against(texts, ids, expected)
+    if reason is not None:
+        say(f"note: {reason}; the reference tokenizer is used, which takes several times longer")
+        settings = replace(settings, model_path=None)
+        for _, future in in_flight:
+            future.cancel()
+        blocks = chain([block for block, _ in in_flight], blocks)
+        in_flight = []
+    tokenize = partial(workers.tokenize_block, settings)
+    for block, result in results_in_order(pool, tokenize, blocks, options.workers, in_flight):
+        job.take(block, result)
+    pool.shutdown(wait=False)  # the processes end while the shards are sealed
+
+
+def _settings(
+    options: PreprocessOptions, tokenizer: Tokenizer, model_path: Path
+) -> workers.Settings:
+    return workers.Settings(
         tokenizer=str(tokenizer.path),
-        model_path=None if model_path is None else str(model_path),
+        model_path=str(model_path),
         vocab_size=tokenizer.vocab_size,
         json_keys=options.json_keys,
         split_by=options.split_by,
@@ -224,17 +268,6 @@ def _start_pool(
         eod_id=tokenizer.eos_id if options.append_eod else None,
         stop_at_bad_line=options.on_error == "stop",
     )
-    # Spawned, not forked: tokenizer libraries and progress bars own threads, and a forked
-    # copy of a lock held by one of them would hang the child.
-    pool = ProcessPoolExecutor(
-        options.workers,
-        mp_context=get_context("spawn"),
-        initializer=workers.initialize,
-        initargs=(settings,),
-    )
-    for _ in range(options.workers):
-        pool.submit(workers.warm_up)
-    return pool
 
 
 def _first_documents(options: PreprocessOptions, sources: list[Source]) -> Iterator[str]:

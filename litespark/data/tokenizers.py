@@ -158,7 +158,8 @@ class JsonTokenizer:
     def __init__(self, file: Path, content: bytes) -> None:
         self._content = content
         self.path = file
-        facts = _vocabulary(content)
+        value = _parsed(content)
+        facts = _vocabulary(value)
         if facts is None:
             ids = self._library.get_vocab(with_added_tokens=True)
             added = self._library.get_added_tokens_decoder().values()
@@ -171,6 +172,8 @@ class JsonTokenizer:
         self.eos_id = self._control_id(file, ids, "eos_token", _USUAL_EOS)
         self.identity = hashlib.sha256(content).hexdigest()
         self.files = _files_to_ship(file)
+        # Here, where the file is parsed: to parse it again takes longer than all of this.
+        self._plain_json = _without_control_tokens(value)
 
     @cached_property
     def _library(self) -> Any:
@@ -227,37 +230,34 @@ class JsonTokenizer:
 
     def plain_json(self) -> bytes | None:
         """Return the model as a `tokenizer.json` without control tokens, None if it has no such."""
-        import orjson
-
-        value = orjson.loads(self._content)
-        model = value.get("model") or {}
-        if model.get("type") != "BPE" or model.get("dropout"):
-            return None
-        added = value.get("added_tokens") or []
-        # `encode_special_tokens` spares the special ones; the others are cut out of a text.
-        value["added_tokens"] = [token for token in added if not token.get("special")]
-        value["truncation"] = value["padding"] = value["post_processor"] = None
-        return orjson.dumps(value)
+        return self._plain_json
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; control tokens give no text."""
         return self._library.decode(list(ids), skip_special_tokens=True)
 
 
-def _vocabulary(content: bytes) -> tuple[dict[str, int], tuple[str, ...]] | None:
+def _parsed(content: bytes) -> Any:
+    """Return the file's JSON, None when it has none; what is no tokenizer the library refuses."""
+    import orjson
+
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        return None
+
+
+def _vocabulary(value: Any) -> tuple[dict[str, int], tuple[str, ...]] | None:
     """Return the ids by text and the added tokens' texts, as the library would give them.
 
     None where that takes the library: a model that is no table of ids, or an added token whose id
     in the file is not the one that the library would choose.
     """
-    import orjson
-
     try:
-        value = orjson.loads(content)
-        ids = value["model"]["vocab"]
+        ids = dict(value["model"]["vocab"].items())
         added = value.get("added_tokens") or []
         next_id = len(ids)
-        if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
+        if not all(type(i) is int for i in ids.values()):
             return None
         for token in added:
             known_id = ids.get(token["content"], next_id)
@@ -268,6 +268,22 @@ def _vocabulary(content: bytes) -> tuple[dict[str, int], tuple[str, ...]] | None
         return ids, tuple(token["content"] for token in added)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _without_control_tokens(value: Any) -> bytes | None:
+    """See `Tokenizer.plain_json`; `value` is what a `tokenizer.json` holds, and is changed."""
+    import orjson
+
+    if value is None:
+        return None
+    model = value.get("model") or {}
+    if model.get("type") != "BPE" or model.get("dropout"):
+        return None
+    added = value.get("added_tokens") or []
+    # `encode_special_tokens` spares the special ones; the others are cut out of a text.
+    value["added_tokens"] = [token for token in added if not token.get("special")]
+    value["truncation"] = value["padding"] = value["post_processor"] = None
+    return orjson.dumps(value)
 
 
 class SentencePieceTokenizer:

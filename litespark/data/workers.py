@@ -1,11 +1,13 @@
 """What runs in a tokenizing process: a block of lines in, token ids out.
 
-Kept apart from `preprocess` so that a spawned process imports little.  The process-wide state
-below is set once by `initialize`; a process belongs to one job.
+Kept apart from `preprocess` so that a spawned process imports little.  Each task brings the job's
+`Settings`, so that processes can start before these are known; a process keeps the engine that it
+has loaded for the last ones.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from contextlib import suppress
@@ -27,7 +29,7 @@ class Settings:
 
     Attributes:
         tokenizer: path of the reference, loaded only when `model_path` is None.
-        model_path: file of what the fast engine loads; it need not be there at the start.
+        model_path: file of what the fast engine loads.
         vocab_size: decides the stored type.
         json_keys, split_by: see `litespark.data.documents.parse_line`.
         bos_id, eod_id: begin and end each document that is not empty, unless None.
@@ -79,87 +81,68 @@ class _Group:
     replaced_surrogates: int = 0
 
 
-_settings: Settings
-_engine: Engine | None = None
-_begin: npt.NDArray[np.integer]
-_end: npt.NDArray[np.integer]
-
-
-def initialize(settings: Settings) -> None:
+def initialize() -> None:
     """Prepare this process: one thread, deaf to Ctrl-C (the parent hears it), gone with it."""
-    global _settings, _begin, _end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     end_with_parent()
-    _settings = settings
-    dtype = token_type(settings.vocab_size)
-    _begin = np.array([] if settings.bos_id is None else [settings.bos_id], dtype)
-    _end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
-
-    if settings.model_path is not None:
-        with suppress(ImportError):  # told when the engine is tried
-            import gigatoken  # noqa: F401 - imported while the parent prepares the model
 
 
 def warm_up() -> None:
-    """Do nothing; the first task of a process makes it start."""
+    """Import what the tasks need; the first task of a process makes it start."""
+    with suppress(ImportError):  # told when the engine is tried
+        import gigatoken  # noqa: F401
 
 
-def load_engine() -> Engine:
-    """Return the engine of this process, loaded when it is first wanted."""
-    global _engine
-    if _engine is None:
-        if _settings.model_path is not None:
-            _engine = FastEngine(*FastModel.load(_settings.model_path))
-        else:
-            from litespark.data.tokenizers import load_tokenizer
+@functools.lru_cache(maxsize=1)
+def _engine(settings: Settings) -> Engine:
+    if settings.model_path is not None:
+        return FastEngine(*FastModel.load(settings.model_path))
+    from litespark.data.tokenizers import load_tokenizer
 
-            _engine = ReferenceEngine(load_tokenizer(_settings.tokenizer))
-    return _engine
+    return ReferenceEngine(load_tokenizer(settings.tokenizer))
 
 
-def try_engine(texts: list[str]) -> list[list[int]] | str:
+def try_engine(settings: Settings, texts: list[str]) -> list[list[int]] | str:
     """Return the ids of texts, or why the engine cannot be loaded."""
-    return encode_texts(load_engine, texts)
+    return encode_texts(lambda: _engine(settings), texts)
 
 
-def tokenize_block(block: LineBlock) -> TokenizedBlock:
+def tokenize_block(settings: Settings, block: LineBlock) -> TokenizedBlock:
     """Parse and tokenize the lines of a block, in order."""
-    engine = load_engine()
+    engine, dtype = _engine(settings), token_type(settings.vocab_size)
+    begin = np.array([] if settings.bos_id is None else [settings.bos_id], dtype)
+    end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
     groups: dict[tuple[str, str], _Group] = {}
     bad_lines: list[tuple[int, str]] = []
-    for line, parsed in parsed_lines(block, _settings.json_keys, _settings.split_by):
+    for line, parsed in parsed_lines(block, settings.json_keys, settings.split_by):
         if isinstance(parsed, str):
             bad_lines.append((line, parsed))
-            if _settings.stop_at_bad_line:
+            if settings.stop_at_bad_line:
                 break
             continue
         for key, text, replaced in zip(
-            _settings.json_keys, parsed.texts, parsed.replaced_surrogates, strict=True
+            settings.json_keys, parsed.texts, parsed.replaced_surrogates, strict=True
         ):
             group = groups.setdefault((key, parsed.subset), _Group())
             group.replaced_surrogates += replaced
-            _add_document(group, engine, text.encode("utf-8"))
+            encoded = text.encode("utf-8")
+            group.text_bytes += len(encoded)
+            ids = engine.encode(encoded) if encoded else end[:0]
+            if ids.size == 0:  # as Megatron's tool: an empty document stays empty
+                group.lengths.append(0)
+                continue
+            group.documents += (begin, ids, end)
+            group.lengths.append(len(begin) + len(ids) + len(end))
     engine.trim()
     return TokenizedBlock(
-        tuple(_packed(key, subset, group) for (key, subset), group in groups.items()),
+        tuple(_packed(key, subset, group, dtype) for (key, subset), group in groups.items()),
         tuple(bad_lines),
     )
 
 
-def _add_document(group: _Group, engine: Engine, text: bytes) -> None:
-    group.text_bytes += len(text)
-    ids = engine.encode(text) if text else _end[:0]
-    if ids.size == 0:  # as Megatron's tool: an empty document stays empty
-        group.lengths.append(0)
-        return
-    group.documents += (_begin, ids, _end)
-    group.lengths.append(len(_begin) + len(ids) + len(_end))
-
-
-def _packed(key: str, subset: str, group: _Group) -> TokenizedGroup:
-    dtype = token_type(_settings.vocab_size)
-    documents = group.documents or [_end[:0]]
+def _packed(key: str, subset: str, group: _Group, dtype: type[np.integer]) -> TokenizedGroup:
+    documents = group.documents or [np.empty(0, dtype)]
     # The ids are below the vocabulary's size; the parent checks it again on what it gets.
     tokens = np.concatenate(documents, dtype=dtype, casting="unsafe")
     return TokenizedGroup(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
 from litespark.training.optimizer import TrainingOptimizer
 from litespark.training.step_graph import StepGraph
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -201,5 +204,9 @@ class TrainingRun:
             "event": event,
             "detail": detail,
         }
-        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / "events.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the disk is full, say; it is often what the event is about
+            logger.warning("%s cannot be written (%s): %s: %s", path, error.strerror, event, detail)

@@ -35,16 +35,20 @@ class Gate:
         from litespark.checkpoint import host_copy, save
 
         self.opened, self.error = threading.Event(), error
+        self.entered, self.left = threading.Event(), threading.Event()
         self.original = host_copy.write_shards  # not what an earlier gate has put in its place
         save.write_shards = self.write
 
     def write(self, copy: Any, folder: Path) -> Any:
+        self.entered.set()
         before = contents(copy)
         assert self.opened.wait(60)
         assert contents(copy) == before, "overwritten by the next save before it was written"
         if self.error is not None:
             raise self.error
-        return self.original(copy, folder)
+        written = self.original(copy, folder)
+        self.left.set()
+        return written
 
 
 def contents(copy: Any) -> list[bytes]:
@@ -163,7 +167,8 @@ def one_rank_lags_rank(
         hook.save(run)
         if step == 1:
             hook.saver.wait()
-        time.sleep(0.3)  # rank 0 has long written its part
+        # Rank 0 has written its part; another has come to where it must wait.
+        assert (gate.left if gate.opened.is_set() else gate.entered).wait(60)
         dist.barrier()
         seen.append([name for name in names(run) if not name.endswith(".writing")])
         threading.Thread(target=open_when_waited_for, args=(gate,), daemon=True).start()

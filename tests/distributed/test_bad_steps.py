@@ -227,7 +227,10 @@ def test_a_run_whose_weights_are_ruined_ends_with_4(config_path, tmp_path):
         *("train", config_path, "--nproc", "2"), "optimizer.lr=1e30", "optimizer.clip_grad=0"
     )
     assert ended.returncode == 4, ended.stderr
-    last = ended.stderr.strip().splitlines()[-1]
-    assert "3 bad steps in a row" in last
+    (last,) = [line for line in ended.stderr.splitlines() if "3 bad steps in a row" in line]
+    assert last.startswith("litespark: error: ")
+    assert "the gradient norm is" in last
     assert "optimizer.lr" in last
+    saved = list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved == [], "a state with NaN must not be saved"
     assert len(list((tmp_path / "run" / "bad_steps").iterdir())) == 3 * 2

@@ -16,7 +16,8 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
     trial = Trial(write_trial(folder, 2, 2), 2, ("parallel.tensor=2",))
     for rank in trial.start(folder / "run"):
-        rank.join()
+        rank.join(300)
+        assert rank.exitcode == 0
     return folder / "run" / "checkpoints"
 
 

@@ -10,9 +10,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.distributed.test_layouts import LAYOUTS, assert_same
+from tests.distributed.test_layouts import LAYOUTS, assert_same, options_of
 from tests.support.runs import (
     VOCAB_SIZE,
+    train_alone,
     train_and_save_rank,
     train_rank,
     write_config,
@@ -175,11 +176,11 @@ def test_positions_begin_anew_on_every_stage(world_size, overrides, config_path)
 
 @pytest.fixture(scope="module")
 def single_process(config_path):
-    return run_distributed(train_rank, 1, config_path, [MASK, "model.backend=reference"])[0]
+    return train_alone(config_path, MASK, "model.backend=reference")
 
 
 def test_the_mask_matters(config_path, single_process):
-    unmasked = run_distributed(train_rank, 1, config_path, ["model.backend=reference"])[0]
+    unmasked = train_alone(config_path, "model.backend=reference")
     with pytest.raises(AssertionError):
         assert_same(unmasked, single_process)
 
@@ -193,7 +194,10 @@ FUSED_LAYOUTS = [
     *("TP2xCP2+SP", "CP2xPP2 interleaved", "CP4 full recompute"),
 ]
 CONTEXT_LAYOUTS = {
-    "CP4 full recompute": (4, "parallel.context=4 batch.micro=4 training.recompute=full"),
+    "CP4 full recompute": (
+        4,
+        ["parallel.context=4", "batch.micro=4", "training.recompute=full"],
+    ),
 }
 
 
@@ -205,8 +209,11 @@ CONTEXT_LAYOUTS = {
     ],
 )
 def test_every_layout_equals_the_single_process(backend, name, config_path, single_process):
-    world_size, overrides = (LAYOUTS | CONTEXT_LAYOUTS).get(name, (1, ""))
-    options = [MASK, f"model.backend={backend}", *overrides.split()]
+    if name in CONTEXT_LAYOUTS:
+        world_size, layout = CONTEXT_LAYOUTS[name]
+    else:
+        world_size, layout = options_of(name)
+    options = [MASK, f"model.backend={backend}", *layout]
     histories = run_distributed(train_rank, world_size, config_path, options)
     assert all(history == histories[0] for history in histories), "ranks disagree on the loss"
     assert_same(histories[0], single_process)
@@ -215,14 +222,14 @@ def test_every_layout_equals_the_single_process(backend, name, config_path, sing
 @pytest.mark.parametrize("micro", [1, 4])
 def test_micro_batches_of_another_size_train_the_same(micro, config_path, single_process):
     options = [MASK, "model.backend=triton", f"batch.micro={micro}"]
-    assert_same(run_distributed(train_rank, 1, config_path, options)[0], single_process)
+    assert_same(train_alone(config_path, *options), single_process)
 
 
 def test_fp8_learns_as_bf16_does(config_path):
     """The bound is that of `test_fused_layouts.py`, whose samples have no documents."""
     options = [MASK, "model.backend=triton"]
-    expected = run_distributed(train_rank, 1, config_path, [*options, "precision.mode=bf16"])[0]
-    found = run_distributed(train_rank, 1, config_path, [*options, "precision.mode=fp8"])[0]
+    expected = train_alone(config_path, *options, "precision.mode=bf16")
+    found = train_alone(config_path, *options, "precision.mode=fp8")
     assert found != expected
     for (loss, _), (wanted, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(wanted, rel=2e-3)

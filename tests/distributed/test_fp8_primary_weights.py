@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tests.support.runs import config_tree, train_rank, write_shard
+from tests.support.runs import config_tree, train_alone, write_shard
 from tests.support.spawn import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -127,8 +127,8 @@ def assert_close(found, expected, relative):
 
 def test_learns_as_with_bf16_weights(config_path, single):
     """The bound of `test_fused_layouts.py`: E4M3's rounding is the same, only its scale another."""
-    bf16 = run_distributed(train_rank, 1, config_path, ["precision.mode=bf16"])[0]
-    copies = run_distributed(train_rank, 1, config_path, COPIES)[0]
+    bf16 = train_alone(config_path, "precision.mode=bf16")
+    copies = train_alone(config_path, *COPIES)
     assert single not in (bf16, copies)
     assert_close(single, bf16, 2e-3)
     assert_close(single, copies, 2e-3)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.test_layouts import LAYOUTS, TIED_AND_PADDED, assert_same
+from tests.distributed.test_layouts import LAYOUTS, TIED_AND_PADDED, assert_same, options_of
 from tests.support.runs import (
+    train_alone,
     train_and_save_rank,
     train_rank,
     write_config,
@@ -33,13 +34,13 @@ def config_path(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(config_path):
-    return run_distributed(train_rank, 1, config_path, ["model.backend=reference"])[0]
+    return train_alone(config_path, "model.backend=reference")
 
 
 @pytest.mark.parametrize("name", ["one process", *LAYOUTS])
 def test_fused_blocks_equal_the_reference_at_every_layout(name, config_path, reference):
-    world_size, overrides = LAYOUTS.get(name, (1, ""))
-    histories = run_distributed(train_rank, world_size, config_path, [FUSED, *overrides.split()])
+    world_size, options = options_of(name)
+    histories = run_distributed(train_rank, world_size, config_path, [FUSED, *options])
     assert all(history == histories[0] for history in histories), "ranks disagree on the loss"
     assert_same(histories[0], reference)
 
@@ -47,7 +48,7 @@ def test_fused_blocks_equal_the_reference_at_every_layout(name, config_path, ref
 @pytest.mark.parametrize("layout", ["", "parallel.tensor=2", "parallel.pipeline=2"])
 def test_tied_embeddings_and_padded_vocabulary(layout, config_path):
     options = TIED_AND_PADDED.split()
-    expected = run_distributed(train_rank, 1, config_path, options)[0]
+    expected = train_alone(config_path, *options)
     world_size = 2 if layout else 1
     found = run_distributed(
         train_rank, world_size, config_path, [FUSED, *options, *layout.split()]
@@ -58,8 +59,8 @@ def test_tied_embeddings_and_padded_vocabulary(layout, config_path):
 def test_bf16_equals_the_reference_within_its_rounding(config_path):
     """2^-9 of the loss, as between two layouts of the reference."""
     options = ["precision.mode=bf16"]
-    expected = run_distributed(train_rank, 1, config_path, options)[0]
-    found = run_distributed(train_rank, 1, config_path, [FUSED, *options])[0]
+    expected = train_alone(config_path, *options)
+    found = train_alone(config_path, FUSED, *options)
     for (loss, _), (wanted, _) in zip(found, expected, strict=True):
         assert loss == pytest.approx(wanted, rel=2**-9)
 
@@ -74,8 +75,8 @@ def test_fp8_learns_as_bf16_does(recipe, config_path):
     move the loss by, here a few percent of it.  2e-3 bounds that with room (measured: 1.6e-4), and
     weights that are quantised once and never again, a fault that was made, are 1.3e-2 off.
     """
-    expected = run_distributed(train_rank, 1, config_path, ["precision.mode=bf16"])[0]
-    found = run_distributed(train_rank, 1, config_path, [*FP8, f"precision.recipe={recipe}"])[0]
+    expected = train_alone(config_path, "precision.mode=bf16")
+    found = train_alone(config_path, *FP8, f"precision.recipe={recipe}")
     assert found != expected, "nothing was computed in FP8"
     for (loss, norm), (wanted, wanted_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(wanted, rel=2e-3)
@@ -91,9 +92,9 @@ def test_fp8_layouts_agree(name, config_path):
 
     So the numbers differ by FP8's rounding of weights, 2^-4 at random: the bound is as above.
     """
-    world_size, overrides = LAYOUTS[name]
-    expected = run_distributed(train_rank, 1, config_path, FP8)[0]
-    found = run_distributed(train_rank, world_size, config_path, [*FP8, *overrides.split()])
+    world_size, options = options_of(name)
+    expected = train_alone(config_path, *FP8)
+    found = run_distributed(train_rank, world_size, config_path, [*FP8, *options])
     assert all(history == found[0] for history in found), "ranks disagree on the loss"
     assert found[0][0][1] == pytest.approx(expected[0][1], rel=3e-2)
     for (loss, _), (wanted, _) in zip(found[0], expected, strict=True):
@@ -131,9 +132,9 @@ def test_fp8_resumes_bit_for_bit(config_path, tmp_path):
 
 def test_layers_kept_in_bf16_are(config_path):
     """All but one layer in BF16 is nearer to BF16 than all in FP8."""
-    bf16 = run_distributed(train_rank, 1, config_path, ["precision.mode=bf16", FUSED])[0]
-    most = run_distributed(train_rank, 1, config_path, [*FP8, "precision.bf16_first_layers=3"])[0]
-    none = run_distributed(train_rank, 1, config_path, FP8)[0]
+    bf16 = train_alone(config_path, FUSED, "precision.mode=bf16")
+    most = train_alone(config_path, *FP8, "precision.bf16_first_layers=3")
+    none = train_alone(config_path, *FP8)
 
     def distance(history):
         return sum(abs(norm - wanted) for (_, norm), (_, wanted) in zip(history, bf16, strict=True))

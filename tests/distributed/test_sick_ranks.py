@@ -45,7 +45,7 @@ def sick_rank(rank, world_size, config_path, overrides, kind, sick):
         nonlocal passes
         passes += 1
         if rank == sick and kind == "slow":
-            time.sleep(0.05)
+            time.sleep(0.5)  # more than a busy machine takes from another rank
         output, loss_function = clean(batches, model)
         # Step 2 was computed twice.
         flips = kind == "random" or (kind == "once" and passes == (3 + 1) * MICRO_BATCHES + 1)

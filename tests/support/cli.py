@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,10 @@ def environment() -> dict[str, str]:
         "MASTER_PORT",
     }
     return {key: value for key, value in os.environ.items() if key not in launcher}
+
+
+# What ends a command that hangs, on the slowest machine; it measures nothing.
+PATIENCE_SECONDS = 500
 
 
 _started: list[subprocess.Popen[str]] = []
@@ -49,11 +54,12 @@ def end_all() -> None:
         process = _started.pop()
         if process.poll() is None:
             process.kill()
-            process.communicate()
+            with suppress(subprocess.TimeoutExpired):  # a frozen rank may hold the pipe
+                process.communicate(timeout=10)
 
 
 def run(
-    *arguments: str, timeout_seconds: float = 180, **variables: str
+    *arguments: str, timeout_seconds: float = PATIENCE_SECONDS, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `litespark ARGUMENTS` to its end."""
     process = start(*arguments, **variables)

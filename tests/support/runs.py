@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+
+from tests.support.spawn import run_distributed
 
 VOCAB_SIZE = 120
 
@@ -70,6 +73,12 @@ def train_rank(
         history.append((mean_loss(outcome.loss_and_tokens), outcome.grad_norm))
     run.close()
     return history
+
+
+@functools.cache
+def train_alone(config_path: str, *overrides: str) -> list[tuple[float, float]]:
+    """`train_rank` in one process, which layouts are held against; trained once, however often."""
+    return run_distributed(train_rank, 1, config_path, list(overrides))[0]
 
 
 def train_unreduced_norms_rank(

@@ -21,7 +21,7 @@ from litespark.data.verify import verify_shard
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
-_HANG_SECONDS = 20
+_HANG_SECONDS = 120
 GOOD = b'{"text": "fine"}\n'
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -141,16 +140,14 @@ def test_fallback_is_said_and_gives_the_references_ids(tmp_path):
     assert reader.read(3).tolist() == [*loaded.encode(PARAGRAPHS[3]), loaded.eos_id]
 
 
-def test_hostile_content_is_kept_or_named_within_seconds(tmp_path, tokenizer):
+def test_hostile_content_is_kept_or_named(tmp_path, tokenizer):
     huge = ("word " * 20 + "\n") * 1_000_000  # 100 MB in one document
     data = tmp_path / "a.jsonl"
     with open(data, "wb") as file:
         file.write(json.dumps({"text": "a\0b\0"}).encode() + b"\n")
         file.write(json.dumps({"text": huge}).encode() + b"\n")
         file.write(b'{"text": "\xff\xfe"}\n{"text": "a\\ud809b"}\n\0\0\n{"text": "end"}\n')
-    started = time.monotonic()
     (manifest,) = run(data, tokenizer, tmp_path / "p", on_error="skip").values()
-    assert time.monotonic() - started < 120  # it ends; how fast is for the benchmark to say
     assert (manifest.skipped_bad_lines, manifest.replaced_surrogates) == (2, 1)
     listed = (tmp_path / "p_quarantine.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == [f"{data}:3", f"{data}:5"]

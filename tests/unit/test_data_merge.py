@@ -17,7 +17,7 @@ from litespark.data.manifest import manifest_path, read_manifest
 from litespark.data.merge import merge_shards
 from litespark.data.preprocess import PreprocessOptions, preprocess
 from litespark.errors import LitesparkError, UserError
-from tests.support.cli import ROOT, environment
+from tests.support.cli import PATIENCE_SECONDS, ROOT, environment
 from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl, write_shard
 
 PARTS = {"a": PARAGRAPHS[:40], "b": ["", *PARAGRAPHS[40:45], ""], "c": PARAGRAPHS[45:90]}
@@ -186,13 +186,13 @@ def test_interrupted_merge_leaves_nothing(tmp_path, number):
         env=environment(),
         cwd=ROOT,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not any(path.stat().st_size for path in out.iterdir()):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == (130 if number == signal.SIGINT else 143), errors
     assert "Traceback" not in errors
     assert list(out.iterdir()) == []

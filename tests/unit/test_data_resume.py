@@ -215,10 +215,16 @@ def test_two_processes_never_write_one_output(tmp_path, data, tokenizer):
 
 SCRIPT = """
 import sys
+import time
 from litespark.data import job
 from litespark.data.options import PreprocessOptions
 from litespark.data.preprocess import preprocess
 job.COMMIT_SECONDS = 0.0
+commit = job.Job._commit
+def commit_slowly(self):
+    commit(self)
+    time.sleep(0.5)  # so that the kill meets it
+job.Job._commit = commit_slowly
 if __name__ == "__main__":
     preprocess(PreprocessOptions((sys.argv[1],), sys.argv[2], sys.argv[3], workers=2, resume=True))
 """
@@ -243,7 +249,7 @@ def test_killed_outright_and_resumed(tmp_path, tokenizer):
                 break
             time.sleep(0.005)
     assert kills  # else nothing was tested
-    subprocess.run(command, env=environment, check=True, timeout=60)
+    subprocess.run(command, env=environment, check=True, timeout=300)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 

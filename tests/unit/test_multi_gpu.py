@@ -145,7 +145,7 @@ def test_processes_that_do_not_leave_cost_no_result(place, monkeypatch):
 
 def test_a_hang_is_ended_and_the_time_is_kept(place):
     found = run_cases(
-        place, case("a", "hang", timeout=1.0), case("b", "hang"), case("c"), seconds=4.0
+        place, case("a", "hang", timeout=1.0), case("b", "hang"), case("c"), seconds=10.0
     )
     assert "took over 1 s" in found["a"]["problem"]
     assert "the time was over" in found["b"]["problem"]

@@ -25,6 +25,7 @@ from litespark.training.hooks.console import duration, energy, step_line
 from litespark.training.hooks.metrics import drop_lines_after
 from litespark.training.hooks.sinks import MlflowSink, PrometheusSink, WandbSink
 from litespark.training.preflight import preflight
+from tests.support.spawn import free_port
 
 CONFIG = RunConfig.model_validate(
     {
@@ -216,14 +217,6 @@ def test_prometheus_serves_the_newest_line():
             PrometheusSink(port, "127.0.0.1", CONFIG)
     finally:
         sink.close()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_wandb_gets_the_records_and_resumes_the_same_run(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ class Measurement:
         assert saver is not None, "it has just saved"
         during = []
         self.loss_after_save = None
-        while saver.wait(0) is None:
+        while self.loss_after_save is None or saver.wait(0) is None:
             began = time.perf_counter()
             loss = self._step()
             self.loss_after_save = self.loss_after_save or loss

@@ -220,8 +220,8 @@ class Matrix:
         log = folder.with_suffix(".log")
         ranks = start_ranks(place.processes, log, target, self.config, overrides, *arguments)
         for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
+            rank.join(300)
+        if any(rank.exitcode != 0 for rank in ranks):  # None: it hangs
             raise SystemExit(f"{place}: failed, see {log}")
         return folder
 

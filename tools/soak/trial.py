@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from tests.support.spawn import free_port
 
 VOCAB_SIZE = 64
 LAYOUTS = {
@@ -56,9 +57,7 @@ def start_ranks(
     what it returns."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.soak.preload"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(processes):
         about = (rank, processes, port, str(log), target, arguments)

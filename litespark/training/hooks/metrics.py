@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from litespark.training.loop import Hook
 from litespark.training.state import Timings, TrainingRun
 from litespark.training.step import StepOutcome, attended_tokens, mean_values
 from litespark.utils.files import write_text_atomically
+from litespark.utils.line_log import LineLog
 
 Record = dict[str, Any]
 
@@ -43,7 +44,7 @@ class MetricsWriter:
 
     def __init__(self, run: TrainingRun) -> None:
         self.is_first = run.process.is_first
-        self.file: TextIO | None = None
+        self.file: LineLog | None = None
         self.tensorboard: TensorBoardSink | None = None
         self.services: list[WandbSink | MlflowSink | PrometheusSink] = []
         if not self.is_first:
@@ -65,7 +66,7 @@ class MetricsWriter:
         self._close_files()
         path = run.folder / "metrics.jsonl"
         drop_lines_after(path, run.step)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.file = LineLog(path)
         if run.config.logging.tensorboard:
             self.tensorboard = TensorBoardSink(run.folder / "tensorboard", purge_step=run.step + 1)
 
@@ -105,8 +106,7 @@ class MetricsWriter:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps(finite))
         for sink in (self.tensorboard, *self.services):
             if sink is not None:
                 sink.write(finite)

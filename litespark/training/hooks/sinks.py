@@ -5,13 +5,21 @@ All know a figure by its key there; Prometheus with `litespark_` before it, as i
 
 from __future__ import annotations
 
+import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litespark.config.schema import RunConfig
 from litespark.errors import MissingExtraError, UserError
 from litespark.utils.files import write_text_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class TensorBoardSink:
@@ -20,17 +28,33 @@ class TensorBoardSink:
     def __init__(self, folder: Path, purge_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self.folder = folder
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record."""
-        for key, value in record.items():
-            if value is not None and key != "step":
-                self.writer.add_scalar(key, value, record["step"])
+        """Write one record; after an error of the disk (told once) this and all that follow go."""
+        with self._without_disk_errors():
+            for key, value in record.items():
+                if value is not None and key != "step" and self.writer is not None:
+                    self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
-        self.writer.close()
+        with self._without_disk_errors():
+            if self.writer is not None:
+                self.writer.close()
+
+    @contextmanager
+    def _without_disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of its writing thread; it takes nothing afterwards
+            logger.warning(
+                "TensorBoard's file in %s cannot be written (%s); metrics.jsonl has the rest",
+                self.folder,
+                error.strerror or error,
+            )
+            self.writer = None
 
 
 class WandbSink:

@@ -21,7 +21,7 @@ def break_down(fault: str) -> None:
     if fault == "sleep":
         time.sleep(600)
     elif fault == "slow":
-        time.sleep(15)
+        time.sleep(16)
     elif fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "kill":

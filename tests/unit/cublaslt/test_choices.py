@@ -274,8 +274,9 @@ def as_integer(value) -> int | None:
     return value if type(value) is int else None
 
 
-def test_many_writers_agree_and_lose_nothing(path):
+def test_many_writers_agree_and_lose_nothing(path, monkeypatch):
     """Threads stand for processes: a lock belongs to the opened file, not to the process."""
+    monkeypatch.setattr(choice_cache, "PATIENCE_SECONDS", 60.0)  # each write syncs the disk
     writers, keys = 6, [f"key {index}" for index in range(4)]
     start, taken = threading.Barrier(writers), {}
 
