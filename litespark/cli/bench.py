@@ -227,9 +227,9 @@ def _process_started() -> float:
 def _measure(args: argparse.Namespace, config: RunConfig, started: float) -> Record:
     if not args.verbose:
         logging.getLogger("litespark").setLevel(logging.WARNING)
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
 
-    hide_gpu_packages()  # before anything imports megatron-core
+    prepare_megatron()  # before anything imports megatron-core
     from litespark.training.benchmark import BenchmarkOptions, run_benchmark
 
     options = BenchmarkOptions(

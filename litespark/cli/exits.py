@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from litespark.errors import ExitCode, LitesparkError
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
+_FIRST_SPEAKS_SECONDS = 2.0
 
 
 def unwind_on_sigterm() -> None:
@@ -32,6 +34,9 @@ def run_command(function: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
             word = "stopped" if error.exit_code == ExitCode.STOPPED_BY_SIGNAL else "error"
             sys.stderr.write(f"litespark: {word}: {error}\n")
+        else:
+            # A launcher ends all ranks as soon as one is gone: the first must have spoken by then.
+            time.sleep(_FIRST_SPEAKS_SECONDS)
         return int(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("litespark: interrupted\n")

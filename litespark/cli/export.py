@@ -84,9 +84,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
 
-    hide_gpu_packages()  # before anything imports megatron-core
+    prepare_megatron()  # before anything imports megatron-core
     from litespark.checkpoint.hf.export import Exporting, export_checkpoint
     from litespark.cli.progress import byte_bar
     from litespark.training.single import single_process

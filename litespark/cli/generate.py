@@ -100,9 +100,9 @@ def _chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
 
-    hide_gpu_packages()  # before anything imports megatron-core
+    prepare_megatron()  # before anything imports megatron-core
     from litespark.checkpoint.run_state import RunState
     from litespark.checkpoint.tokenizer import find_tokenizer
     from litespark.data.tokenizers import load_tokenizer

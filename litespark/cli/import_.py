@@ -100,10 +100,10 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
 
     _check_options(args)
-    hide_gpu_packages()  # before anything imports megatron-core
+    prepare_megatron()  # before anything imports megatron-core
     from litespark.checkpoint.hf.import_ import Importing
     from litespark.cli.progress import byte_bar
 

@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
             check_restarts(config, how)
             folder = Path(config.run.output_dir)
             return start(how, ["train", args.config, *args.overrides], folder)
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
 
-    hide_gpu_packages()  # before anything imports megatron-core
+    prepare_megatron()  # before anything imports megatron-core
     from litespark.training.run import run_training
 
     run_training(config)

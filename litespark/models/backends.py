@@ -179,7 +179,7 @@ class TransformerEngineBackend(Backend):
     @classmethod
     def obstacle(cls, config: RunConfig) -> str | None:
         """Why this backend cannot compute `config` on this machine; None: it can."""
-        # In this order: without a GPU the package is hidden (`hide_gpu_packages`).
+        # In this order: without a GPU the package is hidden (`prepare_megatron`).
         if not torch.cuda.is_available():
             return "needs a CUDA device"
         if importlib.util.find_spec("transformer_engine") is None:

@@ -39,18 +39,32 @@ def has_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 0
 
 
-def hide_gpu_packages() -> None:
-    """Without a CUDA device, make Transformer Engine and apex look as if they were not installed.
+def prepare_megatron() -> None:
+    """Without a CUDA device, import megatron-core without what is of use to CUDA devices only.
 
-    megatron-core takes their optimizers and norms wherever they can be imported, and those compute
-    on CUDA devices only.  A login node has the cluster's environment and no GPU.  Must be called
-    before megatron-core is imported, and changes this process alone.
+    Transformer Engine and apex are made to look as if they were not installed: megatron-core takes
+    their optimizers and norms wherever they can be imported, and those compute on CUDA devices
+    only.  A login node has the cluster's environment and no GPU.
+
+    Its `jit_fuser` is switched off: importing torch's Inductor for it takes a quarter of a rank's
+    start, and a fused function would look for a C++ compiler when it is first called.
+
+    Must be called before megatron-core is imported, and changes this process alone.
     """
     if has_cuda():
         return
     for package in ("transformer_engine", "apex"):
         if package not in sys.modules:
             sys.modules[package] = None  # type: ignore[assignment] - how Python marks absence
+    if "megatron.core" in sys.modules:
+        return
+    # megatron-core decorates while it is imported, so `disable_jit_fuser` alone comes too late.
+    compiler, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compiler
+    disable_jit_fuser()
 
 
 def select_device(local_rank: int, local_world_size: int) -> ComputeDevice:

@@ -1,5 +1,5 @@
 """Importing this makes the GPU-only packages look absent; the ranks of tests are CPU processes."""
 
-from litespark.parallel.device import hide_gpu_packages
+from litespark.parallel.device import prepare_megatron
 
-hide_gpu_packages()
+prepare_megatron()

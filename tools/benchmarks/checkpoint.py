@@ -30,9 +30,9 @@ from typing import Any
 
 from litespark.cli.bench import build_config
 from litespark.config.validate import check_config
-from litespark.parallel.device import hide_gpu_packages
+from litespark.parallel.device import prepare_megatron
 
-hide_gpu_packages()  # before anything imports megatron-core
+prepare_megatron()  # before anything imports megatron-core
 
 import litespark  # noqa: E402
 from litespark.checkpoint.host_copy import FILES_PER_RANK  # noqa: E402

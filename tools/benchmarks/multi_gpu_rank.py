@@ -55,9 +55,9 @@ def _import_what_takes_long(kind: str) -> None:
         import megatron.core.models.gpt  # noqa: F401
         import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
     elif kind != "kill":
-        from litespark.parallel.device import hide_gpu_packages
+        from litespark.parallel.device import prepare_megatron
 
-        hide_gpu_packages()  # before anything imports megatron-core
+        prepare_megatron()  # before anything imports megatron-core
         import litespark.training.hooks.checkpointing  # noqa: F401
 
 

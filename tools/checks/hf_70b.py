@@ -79,10 +79,10 @@ def _in_process(step: str, work: Path, args: argparse.Namespace) -> dict[str, An
 def run_step(step: str, work: Path, layers: int, *, discard: bool) -> dict[str, Any]:
     """One of the three steps in this process; its bytes, seconds and peak of resident memory."""
     from litespark.config.schema import ModelConfig
-    from litespark.parallel.device import hide_gpu_packages
+    from litespark.parallel.device import prepare_megatron
     from litespark.training.single import single_process
 
-    hide_gpu_packages()
+    prepare_megatron()
     values = {"preset": "llama3-70b", "num_layers": layers, "family": "llama"}
     model = ModelConfig.model_validate(values)
     if discard:

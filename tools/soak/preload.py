@@ -6,8 +6,8 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
-from litespark.parallel.device import hide_gpu_packages
+from litespark.parallel.device import prepare_megatron
 
-hide_gpu_packages()
+prepare_megatron()
 
 import litespark.training.run  # noqa: E402,F401
