@@ -84,6 +84,10 @@ def _check_degrees(config: RunConfig, world_size: int) -> Iterator[UserError]:
         )
 
 
+# Parts of a model that the fused blocks do not compute.
+_REFERENCE_ONLY = {"qkv_bias": "biases of QKV", "qk_norm": "norms of query and key"}
+
+
 def _check_backend(config: RunConfig) -> Iterator[UserError]:
     """What a backend can compute on no machine; the rest is found at the start of a run."""
     model, tensor = config.model, config.parallel.tensor
@@ -99,7 +103,7 @@ def _check_backend(config: RunConfig) -> Iterator[UserError]:
             "Set model.backend=auto, triton or te, or precision.mode=bf16.",
         )
     is_fused = model.backend == "triton" or (model.backend == "auto" and is_fp8)
-    for key, what in (("qkv_bias", "biases of QKV"), ("qk_norm", "norms of query and key")):
+    for key, what in _REFERENCE_ONLY.items():
         if getattr(model, key) and (is_fused or model.backend == "te"):
             yield UserError(
                 f"model.{key} = true",
@@ -351,7 +355,7 @@ def _check_cuda_graph(config: RunConfig) -> Iterator[UserError]:
 def _unfused_parts(config: RunConfig) -> Iterator[str]:
     """What makes model.backend = auto take the reference for the model, on any machine."""
     model, tensor = config.model, config.parallel.tensor
-    for name in ("qkv_bias", "qk_norm"):
+    for name in _REFERENCE_ONLY:
         if getattr(model, name):
             yield f"model.{name} = true"
     if model.num_query_groups < tensor:

@@ -30,7 +30,6 @@ from litespark.data.sample import Sample
 from litespark.errors import LitesparkError, UserError
 
 _STEPS_AHEAD = 2
-_POLL_SECONDS = 0.1
 
 
 class SampleSource(Protocol):
@@ -180,18 +179,10 @@ class BatchLoader:
                 item: list[Batch] | Exception = self._build_step(consumed)
             except Exception as error:  # handed to the caller of next_step
                 item = error
-            self._put(item)
+            self._ready.put(item)  # `close` makes room
             if isinstance(item, Exception):
                 return
             consumed += self.global_batch_size
-
-    def _put(self, item: list[Batch] | Exception) -> None:
-        while not self._closing.is_set():
-            try:
-                self._ready.put(item, timeout=_POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
 
     def _build_step(self, consumed: int) -> list[Batch]:
         batches = []

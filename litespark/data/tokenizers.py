@@ -271,7 +271,7 @@ def _vocabulary(value: Any) -> tuple[dict[str, int], tuple[str, ...]] | None:
 
 
 def _without_control_tokens(value: Any) -> bytes | None:
-    """See `Tokenizer.plain_json`; `value` is what a `tokenizer.json` holds, and is changed."""
+    """See `Tokenizer.plain_json`; `value` is what a `tokenizer.json` holds."""
     import orjson
 
     if value is None:
@@ -281,9 +281,9 @@ def _without_control_tokens(value: Any) -> bytes | None:
         return None
     added = value.get("added_tokens") or []
     # `encode_special_tokens` spares the special ones; the others are cut out of a text.
-    value["added_tokens"] = [token for token in added if not token.get("special")]
-    value["truncation"] = value["padding"] = value["post_processor"] = None
-    return orjson.dumps(value)
+    kept = [token for token in added if not token.get("special")]
+    nothing = dict.fromkeys(("truncation", "padding", "post_processor"))
+    return orjson.dumps({**value, **nothing, "added_tokens": kept})
 
 
 class SentencePieceTokenizer:

@@ -129,11 +129,10 @@ def tokenize_block(settings: Settings, block: LineBlock) -> TokenizedBlock:
             encoded = text.encode("utf-8")
             group.text_bytes += len(encoded)
             ids = engine.encode(encoded) if encoded else end[:0]
-            if ids.size == 0:  # as Megatron's tool: an empty document stays empty
-                group.lengths.append(0)
-                continue
-            group.documents += (begin, ids, end)
-            group.lengths.append(len(begin) + len(ids) + len(end))
+            # As Megatron's tool: an empty document stays empty.
+            document = (begin, ids, end) if ids.size else ()
+            group.documents += document
+            group.lengths.append(sum(map(len, document)))
     engine.trim()
     return TokenizedBlock(
         tuple(_packed(key, subset, group, dtype) for (key, subset), group in groups.items()),

@@ -27,6 +27,7 @@ from litespark.parallel.groups import Process
 from litespark.parallel.layout import RankLayout
 from litespark.training.optimizer import TrainingOptimizer
 from litespark.training.step_graph import StepGraph
+from litespark.utils.line_log import append_whole
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class TrainingRun:
         }
         path = self.folder / "events.jsonl"
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(path, "ab", buffering=0) as file:
+                append_whole(file, json.dumps(line).encode() + b"\n")
         except OSError as error:  # the disk is full, say; it is often what the event is about
             logger.warning("%s cannot be written (%s): %s: %s", path, error.strerror, event, detail)

@@ -209,10 +209,7 @@ CONTEXT_LAYOUTS = {
     ],
 )
 def test_every_layout_equals_the_single_process(backend, name, config_path, single_process):
-    if name in CONTEXT_LAYOUTS:
-        world_size, layout = CONTEXT_LAYOUTS[name]
-    else:
-        world_size, layout = options_of(name)
+    world_size, layout = CONTEXT_LAYOUTS.get(name) or options_of(name)
     options = [MASK, f"model.backend={backend}", *layout]
     histories = run_distributed(train_rank, world_size, config_path, options)
     assert all(history == histories[0] for history in histories), "ranks disagree on the loss"

@@ -20,8 +20,8 @@ from litespark.cli.main import parse
 from litespark.config import load_config, validate
 from tests.support import cli, hosts
 from tests.support.runs import config_tree, write_shard
-from tests.support.spawn import free_port
 from tests.support.watching import losses, resumed
+from tools.free_port import free_port
 
 LAUNCH = cli.ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), *sorted(LAUNCH.glob("*.sbatch"))]

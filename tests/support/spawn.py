@@ -10,9 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +18,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from tools.free_port import free_port
 
 PRELOAD = [
     "tests.support.without_gpu",
@@ -166,24 +166,3 @@ def _end(process: BaseProcess) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
-
-
-_PORTS_OF_A_WORKER = 1500
-_given_ports: set[int] = set()
-
-
-def free_port() -> int:
-    """A port below those that the system gives to connections, which could take it meanwhile.
-
-    No two of pytest's workers draw from the same ports, and none is given twice.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-    while True:
-        port = 20000 + _PORTS_OF_A_WORKER * worker
-        port += random.SystemRandom().randrange(_PORTS_OF_A_WORKER)
-        if port in _given_ports:
-            continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            _given_ports.add(port)
-            return port

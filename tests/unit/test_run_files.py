@@ -25,7 +25,7 @@ from litespark.training.hooks.console import duration, energy, step_line
 from litespark.training.hooks.metrics import drop_lines_after
 from litespark.training.hooks.sinks import MlflowSink, PrometheusSink, WandbSink
 from litespark.training.preflight import preflight
-from tests.support.spawn import free_port
+from tools.free_port import free_port
 
 CONFIG = RunConfig.model_validate(
     {

@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.benchmarks.multi_gpu_cases import Case, Lane
 from tools.benchmarks.multi_gpu_rank import NEEDS_FRESH_PROCESS
+from tools.free_port import free_port
 
 Record = dict[str, Any]
 
@@ -262,17 +260,3 @@ class Group:
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
-
-
-_ports_given: Counter[int] = Counter()
-
-
-def free_port() -> int:
-    """A port below those that the system gives to connections, another one at every call."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            _ports_given[port] += 1
-            if _ports_given[port] == 1:
-                return port

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.support.spawn import free_port
+from tools.free_port import free_port
 
 VOCAB_SIZE = 64
 LAYOUTS = {

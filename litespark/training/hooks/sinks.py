@@ -33,16 +33,19 @@ class TensorBoardSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; after an error of the disk (told once) this and all that follow go."""
+        if self.writer is None:
+            return
         with self._without_disk_errors():
             for key, value in record.items():
-                if value is not None and key != "step" and self.writer is not None:
+                if value is not None and key != "step":
                     self.writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
+        if self.writer is None:
+            return
         with self._without_disk_errors():
-            if self.writer is not None:
-                self.writer.close()
+            self.writer.close()
 
     @contextmanager
     def _without_disk_errors(self) -> Iterator[None]:
