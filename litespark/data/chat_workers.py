@@ -5,8 +5,6 @@ The process-wide encoder is set once; a process belongs to one job.
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +14,7 @@ from litespark.data.conversations import BadRow, Reason, conversation_of, prefer
 from litespark.data.documents import numbered_lines
 from litespark.data.readers import LineBlock
 from litespark.data.tokenizers import load_tokenizer
-from litespark.utils.processes import end_with_parent
+from litespark.utils.processes import prepare_worker
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,8 @@ def initialize(settings: Settings) -> None:
 
 
 def initialize_process(settings: Settings) -> None:
-    """The same in a process of its own: deaf to Ctrl-C (the parent hears it), gone with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
-    end_with_parent()
+    """The same in a process of its own."""
+    prepare_worker()
     initialize(settings)
 
 

@@ -26,7 +26,8 @@ from litespark.data.manifest import (
 )
 from litespark.data.options import PreprocessOptions, Progress
 from litespark.data.output import prepare_folder, refuse_existing
-from litespark.data.readers import BLOCK_BYTES, LineBlock, Meter, Source, iterate_blocks
+from litespark.data.readers import BLOCK_BYTES, Source
+from litespark.data.reading import Block, Inputs, Reading
 from litespark.data.tokenizers import Tokenizer
 from litespark.data.work import AppendedFile, ShardWork, WorkFolder, publish
 from litespark.errors import UserError
@@ -72,9 +73,9 @@ class Job:
         )
         self._versions = [source.version or storage.version_of(source.path) for source in sources]
         self._number_of = {source.path: number for number, source in enumerate(sources)}
-        self._meter = Meter()
         self._shards: dict[str, ShardWork] = {}
         self._digests: dict[int, str] = {}
+        self._read_bytes = 0
         self._noted_sources = 0  # how many files the journal has in full
         self._source, self._blocks_done = 0, 0  # the place in the input that comes next
         self._quarantine: AppendedFile | None = None
@@ -160,27 +161,33 @@ class Job:
         for name, count in documents.items():
             self._shards[name].documents_of[source] = count
 
-    def blocks(self) -> Iterator[LineBlock]:
+    def inputs(self) -> Inputs:
+        """Return what is left to be read."""
+        done = frozenset(number for number in self._digests if number < self._source)
+        return Inputs(
+            self.sources, self.options.columns, done, self._source, self._blocks_done, BLOCK_BYTES
+        )
+
+    def blocks(self, reading: Reading) -> Iterator[Block]:
         """Yield the blocks that are left, in order.
+
+        Args:
+            reading: of `inputs`.
 
         Raises:
             UserError: see `litespark.data.readers.iterate_blocks`.
+            BrokenProcessPool: when another process read, and died.
         """
-        columns = self.options.columns
-        for number, source in enumerate(self.sources):
-            self.progress.files_begun = number + 1
-            if number < self._source and number in self._digests:
-                self._meter.read_bytes += self._versions[number].size_bytes
-                continue
-            done = self._blocks_done if number == self._source else 0
-            for block in iterate_blocks(source, meter=self._meter, columns=columns):
-                if done > 0:
-                    done -= 1
-                    continue
-                yield block
-            self._digests[number] = self._meter.sha256()
+        passed = self.inputs().done_sources
+        passed_bytes = sum(self._versions[number].size_bytes for number in passed)
+        for read in reading:
+            self._digests.update(read.ended)
+            self._read_bytes = passed_bytes + read.read_bytes
+            self.progress.files_begun = min(read.number + 1, len(self.sources))
+            if read.block is not None:
+                yield read.block
 
-    def take(self, block: LineBlock, result: workers.TokenizedBlock) -> None:
+    def take(self, block: Block, result: workers.TokenizedBlock) -> None:
         """Add what became of a block, in the order of `blocks`.
 
         Raises:
@@ -204,7 +211,7 @@ class Job:
             progress.text_bytes += group.text_bytes
             progress.replaced_surrogates += group.replaced_surrogates
         self._blocks_done += 1
-        progress.read_bytes = self._meter.read_bytes
+        progress.read_bytes = self._read_bytes
         progress.seconds = time.monotonic() - self._started
         if time.monotonic() - self._last_commit >= COMMIT_SECONDS:
             self._commit()

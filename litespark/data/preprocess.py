@@ -3,11 +3,12 @@
     this process:  files -> decompress -> blocks of lines  ...>  append ids, commit, publish
     N workers:                              parse JSON -> tokenize -> ids as bytes
 
-A block is about 1 MiB of lines.  At most a few blocks per worker are in flight, and results are
-taken in the order the blocks were sent, so memory is bounded and the output is the same for every
-N.  Workers return problems as values and never decide anything: the policy for bad lines is
-applied in `litespark.data.job`, in input order.  A worker that dies (killed for memory, say) breaks
-the pool, which ends the job at once.
+For many workers one more process reads (`litespark.data.reading`).  A block is about 1 MiB of
+lines.  At most a few blocks per worker are in flight, and results are taken in the order the blocks
+were sent, so memory is bounded and the output is the same for every N.  Workers return problems as
+values and never decide anything: the policy for bad lines is applied in `litespark.data.job`, in
+input order.  A worker that dies (killed for memory, say) breaks the pool, which ends the job at
+once.
 
 Unfinished work lies in a folder beside the output (`litespark.data.work`), from which a job that
 was killed goes on; the final names appear when all is done.
@@ -19,14 +20,14 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from litespark.data import workers
+from litespark.data import reading, workers
 from litespark.data.documents import parsed_lines
 from litespark.data.engine import cut_at_line_ends, probe_texts, reason_against
 from litespark.data.in_order import IN_FLIGHT_PER_WORKER, results_in_order
@@ -39,10 +40,12 @@ from litespark.data.output import (
     prepare_folder,
     unusable_output,
 )
-from litespark.data.readers import LineBlock, Source, find_sources, iterate_blocks
+from litespark.data.readers import Source, find_sources, iterate_blocks
+from litespark.data.reading import Block, ReadingElsewhere, ReadingHere, can_read_elsewhere
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
 from litespark.data.work import WorkFolder
 from litespark.errors import LitesparkError, UserError
+from litespark.utils.processes import prepare_worker
 
 __all__ = ["PreprocessOptions", "Progress", "preprocess"]
 
@@ -51,8 +54,9 @@ _PROBED_DOCUMENTS = 64
 _PROBED_CHARACTERS = 1 << 12  # of each
 _COUNTED_BLOCKS = 4  # an input of fewer is small; reading many would keep the workers from starting
 _MODEL_NAME = "model"
+_READER_FROM_WORKERS = 4  # fewer never wait for this process, which reads as well as it writes
 
-_InFlight = list[tuple[LineBlock, Future[workers.TokenizedBlock]]]
+_InFlight = list[tuple[Block, Future[workers.TokenizedBlock]]]
 
 
 def preprocess(
@@ -77,14 +81,20 @@ def preprocess(
     _check_options(options)
     sources = find_sources(options.inputs)
     # The workers start while this process reads the tokenizer.
-    with _started_pool(_useful_workers(options, sources)) as pool:
-        return _preprocess(options, sources, pool, report, say)
+    num_workers = _useful_workers(options, sources)
+    has_reader = num_workers >= _READER_FROM_WORKERS and can_read_elsewhere()
+    with (
+        _started_pool(num_workers, workers.warm_up) as pool,
+        _started_pool(1, reading.warm_up) if has_reader else nullcontext() as reader,
+    ):
+        return _preprocess(options, sources, pool, reader, report, say)
 
 
 def _preprocess(
     options: PreprocessOptions,
     sources: list[Source],
     pool: ProcessPoolExecutor,
+    reader: ProcessPoolExecutor | None,
     report: Callable[[Progress], None] | None,
     say: Callable[[str], None],
 ) -> dict[str, Manifest]:
@@ -101,14 +111,14 @@ def _preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, pool, work.path, say)
+            _tokenize(job, tokenizer, pool, reader, work.path, say)
             job.seal()
         manifests = job.publish()
         work.mark_done()
         return manifests
     except BrokenProcessPool as error:
         raise LitesparkError(
-            f"{prefix}: a tokenizing process died (killed by the system for memory?). "
+            f"{prefix}: a reading or tokenizing process died (killed by the system for memory?). "
             f"Nothing was written under the final names.{_how_to_go_on(job)}"
         ) from error
     except OSError as error:  # inputs raise UserError, so what is left is the output
@@ -197,17 +207,17 @@ def _useful_workers(options: PreprocessOptions, sources: list[Source]) -> int:
 
 
 @contextmanager
-def _started_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+def _started_pool(num_workers: int, warm_up: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
     # Spawned, not forked: tokenizer libraries and progress bars own threads, and a forked
     # copy of a lock held by one of them would hang the child.
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=workers.initialize
+        num_workers, mp_context=get_context("spawn"), initializer=prepare_worker
     )
-    # A child inherits the mask: it would tell of Ctrl-C before `initialize` makes it deaf.
+    # A child inherits the mask: it would tell of Ctrl-C before `prepare_worker` makes it deaf.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for _ in range(num_workers):
-            pool.submit(workers.warm_up)
+            pool.submit(warm_up)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
@@ -220,11 +230,16 @@ def _tokenize(
     job: Job,
     tokenizer: Tokenizer,
     pool: ProcessPoolExecutor,
+    reader: ProcessPoolExecutor | None,
     work: Path,
     say: Callable[[str], None],
 ) -> None:
     """Run all blocks that are left through the workers."""
-    options, blocks = job.options, job.blocks()
+    options = job.options
+    most_in_flight = options.workers * IN_FLIGHT_PER_WORKER
+    inputs = job.inputs()
+    text = ReadingElsewhere(reader, inputs, most_in_flight) if reader else ReadingHere(inputs)
+    blocks = job.blocks(text)
     model_path = work / _MODEL_NAME
     settings = _settings(options, tokenizer, model_path)
     in_flight: _InFlight = []
@@ -236,7 +251,7 @@ def _tokenize(
         texts = probe_texts(tokenizer, _first_documents(options, job.sources))
         tried = pool.submit(workers.try_engine, settings, texts)
         # Blocks follow at once; what became of them is dropped where the engine is not right.
-        for block in islice(blocks, options.workers * IN_FLIGHT_PER_WORKER):
+        for block in islice(blocks, most_in_flight):
             in_flight.append((block, pool.submit(workers.tokenize_block, settings, block)))
         # Reading the reference takes as long as loading the engine, which goes on meanwhile.
         expected = [tokenizer.encode(text) for text in texts]
@@ -252,7 +267,11 @@ def _tokenize(
     tokenize = partial(workers.tokenize_block, settings)
     for block, result in results_in_order(pool, tokenize, blocks, options.workers, in_flight):
         job.take(block, result)
-    pool.shutdown(wait=False)  # the processes end while the shards are sealed
+        text.release(block)
+    text.close()
+    for one in (pool, reader):
+        if one is not None:
+            one.shutdown(wait=False)  # the processes end while the shards are sealed
 
 
 def _settings(

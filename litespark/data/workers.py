@@ -8,8 +8,6 @@ has loaded for the last ones.
 from __future__ import annotations
 
 import functools
-import os
-import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,8 +17,7 @@ import numpy.typing as npt
 from litespark.data.documents import parsed_lines
 from litespark.data.engine import Engine, FastEngine, FastModel, ReferenceEngine, encode_texts
 from litespark.data.indexed import token_type
-from litespark.data.readers import LineBlock
-from litespark.utils.processes import end_with_parent
+from litespark.data.reading import Block, SharedBlock
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,6 @@ class _Group:
     replaced_surrogates: int = 0
 
 
-def initialize() -> None:
-    """Prepare this process: one thread, deaf to Ctrl-C (the parent hears it), gone with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
-    end_with_parent()
-
-
 def warm_up() -> None:
     """Import what the tasks need; the first task of a process makes it start."""
     with suppress(ImportError):  # told when the engine is tried
@@ -108,14 +98,15 @@ def try_engine(settings: Settings, texts: list[str]) -> list[list[int]] | str:
     return encode_texts(lambda: _engine(settings), texts)
 
 
-def tokenize_block(settings: Settings, block: LineBlock) -> TokenizedBlock:
+def tokenize_block(settings: Settings, block: Block) -> TokenizedBlock:
     """Parse and tokenize the lines of a block, in order."""
+    lines = block.load() if isinstance(block, SharedBlock) else block
     engine, dtype = _engine(settings), token_type(settings.vocab_size)
     begin = np.array([] if settings.bos_id is None else [settings.bos_id], dtype)
     end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype)
     groups: dict[tuple[str, str], _Group] = {}
     bad_lines: list[tuple[int, str]] = []
-    for line, parsed in parsed_lines(block, settings.json_keys, settings.split_by):
+    for line, parsed in parsed_lines(lines, settings.json_keys, settings.split_by):
         if isinstance(parsed, str):
             bad_lines.append((line, parsed))
             if settings.stop_at_bad_line:

