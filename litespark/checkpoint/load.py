@@ -34,7 +34,7 @@ from litespark.fp8.primary import primary_spec
 from litespark.modules.low_rank import is_adapter
 from litespark.parallel.groups import gather_objects
 from litespark.parallel.layout import RankLayout
-from litespark.parallel.rng import seed_anew, set_random_states
+from litespark.parallel.rng import fit_this_device, seed_anew, set_random_states
 
 
 def load_checkpoint(
@@ -107,26 +107,30 @@ def _fill_masters(
             master.copy_(values[parameter].view(-1)[start:stop].view(master.shape))
 
 
-def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) -> bool:
-    """Put this rank's random generators back to where they were; whether that was possible.
+def load_random_states(checkpoint: Path, state: RunState, layout: RankLayout) -> str | None:
+    """Put this rank's random generators back to where they were; why that was not possible, if so.
 
-    At another layout no rank has a predecessor, so all are seeded anew, with numbers that the run
-    has not drawn yet.
+    At another layout no rank has a predecessor, and the generators of a GPU and of a CPU have
+    nothing in common; then all are seeded anew, with numbers that the run has not drawn yet.
 
     Raises:
         UserError: the file is not what was written.
     """
     if asdict(layout) != state.layout:
         seed_anew(state.seed, state.step)
-        return False
+        return f"the layout was {RankLayout(**state.layout).describe()}"
     path = checkpoint / random_states_file(dist.get_rank())
     try:
-        set_random_states(json.loads(path.read_text(encoding="utf-8")))
+        states = json.loads(path.read_text(encoding="utf-8"))
+        if not fit_this_device(states):
+            seed_anew(state.seed, state.step)
+            return "the device was of another kind"
+        set_random_states(states)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             str(path), f"is not what was written ({error})", "Take another checkpoint."
         ) from None
-    return True
+    return None
 
 
 def _refuse_unwanted_adapters(checkpoint: Path, wanted: dict[str, Any], stored: set[str]) -> None:

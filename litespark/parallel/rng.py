@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_GPU_STATE_BYTES = 16  # a seed and an offset; a CPU's generator has 5 kB
+
 
 def seed_all(seed: int) -> None:
     """Seed all generators of this process: Python's, numpy's, torch's and megatron-core's."""
@@ -45,6 +47,19 @@ def random_states() -> dict[str, Any]:
         "torch_device": _to_text(torch.cuda.get_rng_state()),
         "megatron": {key: _to_text(state) for key, state in tracker.get_states().items()},
     }
+
+
+def fit_this_device(states: dict[str, Any]) -> bool:
+    """Whether the states of the device's generators come from a device of this kind, GPU or CPU.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not what `random_states` returns.
+    """
+    states_of_gpu = [
+        state.numel() == _GPU_STATE_BYTES
+        for state in (_to_tensor(states["torch_device"]), torch.cuda.get_rng_state())
+    ]
+    return states_of_gpu[0] == states_of_gpu[1]
 
 
 def set_random_states(states: dict[str, Any]) -> None:

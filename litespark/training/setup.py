@@ -322,12 +322,12 @@ def _resume(run: TrainingRun, checkpoint: Path) -> None:
     state = _load(run, checkpoint)
     run.consumed_samples = state.consumed_samples
     run.policy.moved_layers = set(state.bf16_layers)
-    same_layout = on_all_ranks(lambda: load_random_states(checkpoint, state, run.layout))
+    seeded_because = on_all_ranks(lambda: load_random_states(checkpoint, state, run.layout))
     detail = f"{run.layout.describe()}, from {checkpoint.name}"
     run.record_event("resumed", detail)
     if run.process.is_first:
         logger.info("resumed at step %d: %s", run.step, detail)
-        _tell_differences(run, state, same_layout=same_layout)
+        _tell_differences(run, state, seeded_because)
 
 
 def _start_weights(run: TrainingRun) -> str:
@@ -354,13 +354,10 @@ def _check_fits(run: TrainingRun, checkpoint: Path) -> None:
     check_readable(checkpoint)
 
 
-def _tell_differences(run: TrainingRun, state: RunState, *, same_layout: bool) -> None:
+def _tell_differences(run: TrainingRun, state: RunState, seeded_because: str | None) -> None:
     """Say what makes the rest of this run differ from what it would have been."""
-    if not same_layout:
-        logger.info(
-            "the layout was %s: random generators are seeded anew",
-            RankLayout(**state.layout).describe(),
-        )
+    if seeded_because is not None:
+        logger.info("%s: random generators are seeded anew", seeded_because)
     now = run.config.data.model_dump(mode="json") | {"seed": run.config.seed}
     saved = {"packing": "stream"} | state.data | {"seed": state.seed}
     for key in ("blend", "split", "sequence_length", "packing", "seed"):

@@ -131,6 +131,48 @@ def resume_rank(
     return "", ""
 
 
+def save_as_a_gpu_rank(rank: int, world_size: int, config_path: str, overrides: list[str]) -> None:
+    """Save with states of the device's generators as a GPU has them: a seed and an offset."""
+    import base64
+
+    from litespark.checkpoint import save
+
+    original, of_gpu = save.random_states, base64.b64encode(bytes(16)).decode()
+
+    def states() -> dict[str, Any]:
+        found = original()
+        return found | {
+            "torch_device": of_gpu,
+            "megatron": dict.fromkeys(found["megatron"], of_gpu),
+        }
+
+    save.random_states = states
+    train_and_save_rank(rank, world_size, config_path, overrides, 2)
+
+
+def resumed_random_states_rank(
+    rank: int, world_size: int, config_path: str, overrides: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states after a resume, and those of a run that is seeded anew at its step."""
+    from litespark.config import load_config
+    from litespark.parallel.rng import random_states, seed_anew
+    from litespark.training.setup import set_up
+
+    run = set_up(load_config(config_path, overrides))
+    found = random_states()
+    seed_anew(run.config.seed, 2)
+    run.close()
+    return found, random_states()
+
+
+def test_a_gpus_checkpoint_goes_on_on_a_cpu(config_path, tmp_path):
+    """Their generators have nothing in common; everything else does."""
+    options = [f"run.output_dir={tmp_path}"]
+    run_distributed(save_as_a_gpu_rank, 1, config_path, options)
+    found, anew = run_distributed(resumed_random_states_rank, 1, config_path, options)[0]
+    assert found == anew
+
+
 @pytest.mark.parametrize("lost", ["exp_avg.", "exp_avg_sq.", "exp_avg.output_layer"])
 def test_moments_that_are_not_there_are_missed_by_name(lost, config_path, tmp_path):
     options = [f"run.output_dir={tmp_path}"]
