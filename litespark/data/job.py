@@ -27,7 +27,7 @@ from litespark.data.manifest import (
 from litespark.data.options import PreprocessOptions, Progress
 from litespark.data.output import prepare_folder, refuse_existing
 from litespark.data.readers import BLOCK_BYTES, Source
-from litespark.data.reading import Block, Inputs, Reading
+from litespark.data.reading import Block, Inputs, Reading, SharedBytes
 from litespark.data.tokenizers import Tokenizer
 from litespark.data.work import AppendedFile, ShardWork, WorkFolder, publish
 from litespark.errors import UserError
@@ -202,7 +202,9 @@ class Job:
         progress = self.progress
         for group in result.groups:
             shard = self._shard(group.key, group.subset)
-            tokens = np.frombuffer(group.tokens, dtype=shard.dtype)
+            ids = group.tokens
+            data = ids.view() if isinstance(ids, SharedBytes) else ids
+            tokens = np.frombuffer(data, dtype=shard.dtype)
             lengths = np.frombuffer(group.lengths, dtype=np.int32)
             shard.add(number, tokens, lengths)
             shard.replaced_surrogates += group.replaced_surrogates

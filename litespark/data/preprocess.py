@@ -3,7 +3,7 @@
     this process:  files -> decompress -> blocks of lines  ...>  append ids, commit, publish
     N workers:                              parse JSON -> tokenize -> ids as bytes
 
-For many workers one more process reads (`litespark.data.reading`).  A block is about 1 MiB of
+For many workers other processes read (`litespark.data.reading`).  A block is about 1 MiB of
 lines.  At most a few blocks per worker are in flight, and results are taken in the order the blocks
 were sent, so memory is bounded and the output is the same for every N.  Workers return problems as
 values and never decide anything: the policy for bad lines is applied in `litespark.data.job`, in
@@ -20,12 +20,13 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 from litespark.data import reading, workers
 from litespark.data.documents import parsed_lines
@@ -55,6 +56,7 @@ _PROBED_CHARACTERS = 1 << 12  # of each
 _COUNTED_BLOCKS = 4  # an input of fewer is small; reading many would keep the workers from starting
 _MODEL_NAME = "model"
 _READER_FROM_WORKERS = 4  # fewer never wait for this process, which reads as well as it writes
+_WORKERS_PER_READER = 12
 
 _InFlight = list[tuple[Block, Future[workers.TokenizedBlock]]]
 
@@ -82,19 +84,28 @@ def preprocess(
     sources = find_sources(options.inputs)
     # The workers start while this process reads the tokenizer.
     num_workers = _useful_workers(options, sources)
-    has_reader = num_workers >= _READER_FROM_WORKERS and can_read_elsewhere()
-    with (
-        _started_pool(num_workers, workers.warm_up) as pool,
-        _started_pool(1, reading.warm_up) if has_reader else nullcontext() as reader,
-    ):
-        return _preprocess(options, sources, pool, reader, report, say)
+    with ExitStack() as stack:
+        pools = _Pools(
+            stack.enter_context(_started_pool(num_workers, workers.warm_up)),
+            [
+                stack.enter_context(_started_pool(1, reading.warm_up))
+                for _ in range(_num_readers(num_workers, len(sources)))
+            ],
+        )
+        return _preprocess(options, sources, pools, report, say)
+
+
+class _Pools(NamedTuple):
+    """The processes of a job: those that tokenize, and each that reads, if this one does not."""
+
+    tokenizing: ProcessPoolExecutor
+    reading: list[ProcessPoolExecutor]
 
 
 def _preprocess(
     options: PreprocessOptions,
     sources: list[Source],
-    pool: ProcessPoolExecutor,
-    reader: ProcessPoolExecutor | None,
+    pools: _Pools,
     report: Callable[[Progress], None] | None,
     say: Callable[[str], None],
 ) -> dict[str, Manifest]:
@@ -111,7 +122,7 @@ def _preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, pool, reader, work.path, say)
+            _tokenize(job, tokenizer, pools, work.path, say)
             job.seal()
         manifests = job.publish()
         work.mark_done()
@@ -206,6 +217,13 @@ def _useful_workers(options: PreprocessOptions, sources: list[Source]) -> int:
     return options.workers if found == few else max(1, found)
 
 
+def _num_readers(num_workers: int, num_sources: int) -> int:
+    """How many processes are to read; none when this one is to."""
+    if num_workers < _READER_FROM_WORKERS or not can_read_elsewhere():
+        return 0
+    return min(num_sources, 1 + (num_workers - 1) // _WORKERS_PER_READER)
+
+
 @contextmanager
 def _started_pool(num_workers: int, warm_up: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
     # Spawned, not forked: tokenizer libraries and progress bars own threads, and a forked
@@ -229,16 +247,15 @@ def _started_pool(num_workers: int, warm_up: Callable[[], None]) -> Iterator[Pro
 def _tokenize(
     job: Job,
     tokenizer: Tokenizer,
-    pool: ProcessPoolExecutor,
-    reader: ProcessPoolExecutor | None,
+    pools: _Pools,
     work: Path,
     say: Callable[[str], None],
 ) -> None:
     """Run all blocks that are left through the workers."""
-    options = job.options
+    options, pool, readers = job.options, pools.tokenizing, pools.reading
     most_in_flight = options.workers * IN_FLIGHT_PER_WORKER
     inputs = job.inputs()
-    text = ReadingElsewhere(reader, inputs, most_in_flight) if reader else ReadingHere(inputs)
+    text = ReadingElsewhere(readers, inputs, most_in_flight) if readers else ReadingHere(inputs)
     blocks = job.blocks(text)
     model_path = work / _MODEL_NAME
     settings = _settings(options, tokenizer, model_path)
@@ -269,9 +286,8 @@ def _tokenize(
         job.take(block, result)
         text.release(block)
     text.close()
-    for one in (pool, reader):
-        if one is not None:
-            one.shutdown(wait=False)  # the processes end while the shards are sealed
+    for one in (pool, *readers):
+        one.shutdown(wait=False)  # the processes end while the shards are sealed
 
 
 def _settings(

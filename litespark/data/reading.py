@@ -1,15 +1,16 @@
-"""The blocks of all input files, in order, read by this process or by one of its own.
+"""The blocks of all input files, in order, read by this process or by some of their own.
 
 Decompressing, cutting and handing blocks on takes the parent of a job some 4 ms a megabyte, which
-is as much as ten workers keep up with.  For more of them a process of its own reads, into memory
-that the workers see too, and the parent handles only the places of blocks there:
+is as much as ten workers keep up with.  For more of them other processes read, each a part of the
+files, into memory that the workers and the parent see too; and the workers leave the token ids
+beside the text.  What goes through pipes is where things are:
 
-    reader  -> slots of a memfd ->  N workers        (text)
-    parent  <- places of blocks, results             (a few bytes; token ids)
+    readers  -- text -->  slots of a memfd  <-- ids --  N workers
+    parent   <-- places of blocks, places of ids        (appends the ids to the shards)
 
 The memory is a memfd, reached through `/proc`: it goes with the last process that has it, whatever
-kills them, and is not what a container's small `/dev/shm` limits.  A block that does not fit into a
-slot travels as bytes.  The blocks are the same both ways, so a job may go on the other way.
+kills them, and is not what a container's small `/dev/shm` limits.  What does not fit into a slot
+travels as bytes.  The blocks are the same both ways, so a job may go on the other way.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from litespark.data.readers import BLOCK_BYTES, LineBlock, Meter, Source, iterate_pieces
 
-# Lines are long at times; of a slot only what was ever used takes memory.
+# For a block, whose last line can be long, and its ids.  Only what was ever used takes memory.
 SLOT_BYTES = 4 * BLOCK_BYTES
-_READ_AHEAD_BLOCKS = 4
+_READ_AHEAD_BLOCKS = 8  # of each reader
+_ALIGNMENT = 8  # of ids
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,45 @@ class _MemoryName(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SharedBlock:
-    """A `LineBlock` whose data lies in memory shared with other processes."""
+class SharedBytes:
+    """Bytes in memory shared with other processes."""
 
-    source: Source
-    first_line: int
     memory: _MemoryName
     offset_bytes: int
     size_bytes: int
 
+    def view(self) -> memoryview:
+        """Return the bytes as they are now; nobody may write to them."""
+        end = self.offset_bytes + self.size_bytes
+        return memoryview(_mapped(self.memory)).toreadonly()[self.offset_bytes : end]
+
+
+@dataclass(frozen=True)
+class SharedBlock:
+    """A `LineBlock` whose data lies in memory shared with other processes, at a slot's begin."""
+
+    source: Source
+    first_line: int
+    data: SharedBytes
+
     def load(self) -> LineBlock:
         """Return the block with a copy of its data."""
-        end = self.offset_bytes + self.size_bytes
-        data = _mapped(self.memory, mmap.ACCESS_READ)[self.offset_bytes : end]
-        return LineBlock(self.source, self.first_line, data)
+        return LineBlock(self.source, self.first_line, bytes(self.data.view()))
+
+    def put_beside(self, parts: Sequence[bytes]) -> list[bytes | SharedBytes]:
+        """Return the parts, stored in what the block leaves of its slot as far as they fit."""
+        memory, slot = self.data.memory, self.data.offset_bytes
+        place, stored = slot + self.data.size_bytes, list[bytes | SharedBytes]()
+        for part in parts:
+            place += -place % _ALIGNMENT
+            end = place + len(part)
+            if end > slot + SLOT_BYTES:
+                stored.append(part)
+                continue
+            _mapped(memory)[place:end] = part
+            stored.append(SharedBytes(memory, place, len(part)))
+            place = end
+        return stored
 
 
 Block = LineBlock | SharedBlock
@@ -163,55 +190,109 @@ class ReadingHere:
 
 
 class ReadingElsewhere:
-    """Lets another process read, ahead of what is asked for; see `Reading`.
+    """Lets other processes read, ahead of what is asked for; see `Reading`.
+
+    Each reads every so many-th file, so that they are all at work where there are many files.
 
     Args:
-        pool: of one process.
-        inputs: what it reads.
+        pools: of one process each.
+        inputs: what they read.
         most_blocks: how many may be out before one is released.
 
     Raises:
         UserError: see `litespark.data.readers.iterate_blocks`; while it is iterated.
-        BrokenProcessPool: when the process died; while it is iterated.
+        BrokenProcessPool: when a process died; while it is iterated.
     """
 
-    def __init__(self, pool: Executor, inputs: Inputs, most_blocks: int) -> None:
-        self._pool = pool
-        num_slots = most_blocks + _READ_AHEAD_BLOCKS
-        self._memory = _Memory(num_slots * SLOT_BYTES)
-        self._free = deque(slot * SLOT_BYTES for slot in range(num_slots))
-        self._asked: deque[tuple[int, Future[Read]]] = deque()
-        self._has_ended = False
-        self._begun = pool.submit(_begin, inputs, self._memory.name)
-        self._ask()
-
-    def _ask(self) -> None:
-        while self._free and not self._has_ended:
-            slot = self._free.popleft()
-            self._asked.append((slot, self._pool.submit(_read_next, slot)))
+    def __init__(self, pools: Sequence[Executor], inputs: Inputs, most_blocks: int) -> None:
+        self._inputs = inputs
+        numbers = range(len(inputs.sources))
+        self._lanes: list[_Lane] = []
+        for lane, pool in enumerate(pools):
+            others = (number for number in numbers if number % len(pools) != lane)
+            its_own = replace(inputs, done_sources=inputs.done_sources.union(others))
+            self._lanes.append(_Lane(pool, its_own, most_blocks + _READ_AHEAD_BLOCKS))
+        self._lane_of = {lane.memory.name: lane for lane in self._lanes}
 
     def __iter__(self) -> Iterator[Read]:
-        self._begun.result()
-        while True:
-            slot, future = self._asked.popleft()
-            read = future.result()
-            if isinstance(read.block, LineBlock):  # too large for the slot, which is free again
-                self._free.append(slot)
-                self._ask()
-            self._has_ended = read.block is None
-            yield read
-            if self._has_ended:
-                return
+        ended: tuple[tuple[int, str], ...] = ()
+        for number in range(len(self._inputs.sources)):
+            if number in self._inputs.done_sources:
+                continue
+            lane = self._lanes[number % len(self._lanes)]
+            while lane.next().number == number:
+                read = lane.take()
+                yield replace(read, read_bytes=self._read_bytes(), ended=(*ended, *read.ended))
+                ended = ()
+            ended = (*ended, *lane.take_ended())
+        yield Read(len(self._inputs.sources), None, self._read_bytes(), ended)
+
+    def _read_bytes(self) -> int:
+        return sum(lane.read_bytes for lane in self._lanes)
 
     def release(self, block: Block) -> None:
         """Let the block's slot be used again."""
         if isinstance(block, SharedBlock):
-            self._free.append(block.offset_bytes)
-            self._ask()
+            self._lane_of[block.data.memory].release(block.data.offset_bytes)
 
     def close(self) -> None:
         """Let the memory go; it stays for processes that have it."""
-        self._memory.close()
+        for lane in self._lanes:
+            lane.memory.close()
+        _mapped.cache_clear()
+
+
+class _Lane:
+    """One reading process and the slots that it fills.
+
+    Attributes:
+        read_bytes: of its files, up to the block taken last.
+    """
+
+    def __init__(self, pool: Executor, inputs: Inputs, num_slots: int) -> None:
+        self._pool = pool
+        self.memory = _Memory(num_slots * SLOT_BYTES)
+        self.read_bytes = 0
+        self._free = [slot * SLOT_BYTES for slot in reversed(range(num_slots))]
+        self._asked: deque[tuple[int, Future[Read]]] = deque()
+        self._next: Read | None = None
+        self._has_ended = False
+        self._begun = pool.submit(_begin, inputs, self.memory.name)
+        self._ask()
+
+    def _ask(self) -> None:
+        while self._free and len(self._asked) < _READ_AHEAD_BLOCKS and not self._has_ended:
+            slot = self._free.pop()  # the one used last: the fewer are used, the less memory
+            self._asked.append((slot, self._pool.submit(_read_next, slot)))
+
+    def next(self) -> Read:
+        """Return what `take` will."""
+        if self._next is None:
+            self._begun.result()
+            slot, future = self._asked.popleft()
+            self._next = read = future.result()
+            self._has_ended = read.block is None
+            if not isinstance(read.block, SharedBlock):  # too large for the slot, which is free
+                self._free.append(slot)
+            self._ask()
+        return self._next
+
+    def take(self) -> Read:
+        """Return what is read next."""
+        read, self._next = self.next(), None
+        self.read_bytes = read.read_bytes
+        return read
+
+    def take_ended(self) -> tuple[tuple[int, str], ...]:
+        """Return what `take` would say of the files that have ended, and let it say no more."""
+        read = self.next()
+        self._next = replace(read, ended=())
+        return read.ended
+
+    def release(self, slot: int) -> None:
+        """Let a slot be used again."""
+        self._free.append(slot)
+        self._ask()
 
 
 class _Memory:
@@ -241,10 +322,10 @@ def can_read_elsewhere() -> bool:
         memory.close()
 
 
-@functools.lru_cache(maxsize=1)
-def _mapped(name: _MemoryName, access: int) -> mmap.mmap:
-    with open(name.path, "rb" if access == mmap.ACCESS_READ else "r+b") as file:
-        return mmap.mmap(file.fileno(), 0, access=access)
+@functools.lru_cache
+def _mapped(name: _MemoryName) -> mmap.mmap:
+    with open(name.path, "r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
 
 
 def warm_up() -> None:
@@ -270,11 +351,12 @@ class _Reader:
         if size_bytes > SLOT_BYTES:
             block = LineBlock(source, cut.first_line, b"".join(cut.pieces))
         else:
-            memory, place = _mapped(self._memory, mmap.ACCESS_WRITE), slot
+            memory, place = _mapped(self._memory), slot
             for piece in cut.pieces:
                 memory[place : place + len(piece)] = piece
                 place += len(piece)
-            block = SharedBlock(source, cut.first_line, self._memory, slot, size_bytes)
+            data = SharedBytes(self._memory, slot, size_bytes)
+            block = SharedBlock(source, cut.first_line, data)
         return Read(cut.number, block, cut.read_bytes, cut.ended)
 
 

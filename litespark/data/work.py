@@ -40,6 +40,8 @@ from litespark.utils.files import (
     write_text_atomically,
 )
 
+_WRITE_BACK_BYTES = 32 << 20
+
 
 class WorkFolder:
     """The folder `<output_prefix>.partial`, held by this process until `release` or its end.
@@ -188,7 +190,7 @@ class AppendedFile:
 
     def __init__(self, path: Path, size_bytes: int = 0) -> None:
         self.path = path
-        self.size_bytes = size_bytes
+        self.size_bytes = self._sent_bytes = size_bytes
         self._file: IO[bytes] = open(path, "r+b" if size_bytes else "w+b")  # noqa: SIM115 - held
         if os.fstat(self._file.fileno()).st_size < size_bytes:
             raise UserError(
@@ -197,7 +199,7 @@ class AppendedFile:
         self._file.truncate(size_bytes)
         self._file.seek(size_bytes)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes.
 
         Raises:
@@ -205,6 +207,13 @@ class AppendedFile:
         """
         self._file.write(data)
         self.size_bytes += len(data)
+        begin, size_bytes = self._sent_bytes, self.size_bytes - self._sent_bytes
+        if size_bytes >= _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            # Nobody reads it soon, so the system begins to write it now, and the fsync of the next
+            # commit has little to wait for.
+            self._file.flush()
+            os.posix_fadvise(self._file.fileno(), begin, size_bytes, os.POSIX_FADV_DONTNEED)
+            self._sent_bytes = self.size_bytes
 
     def sync(self) -> None:
         """Force what was written to the disk.
@@ -258,7 +267,7 @@ class ShardWork:
             OSError: when the disk is full.
         """
         check_documents(tokens, lengths, self.vocab_size)
-        data = tokens.astype(self.dtype, copy=False).tobytes()
+        data = np.ascontiguousarray(tokens, self.dtype).view(np.uint8).data
         self._bin.write(data)
         self._digest.update(data)
         self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from litespark.data.documents import parsed_lines
 from litespark.data.engine import Engine, FastEngine, FastModel, ReferenceEngine, encode_texts
 from litespark.data.indexed import token_type
-from litespark.data.reading import Block, SharedBlock
+from litespark.data.reading import Block, SharedBlock, SharedBytes
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class Settings:
 class TokenizedGroup:
     """Documents of a block that go to one shard, in order.
 
-    `tokens` holds ids as bytes of the shard's type, `lengths` as bytes of int32.
+    `tokens` holds ids as bytes of the shard's type, here or in shared memory, `lengths` as bytes of
+    int32.
     """
 
     key: str
     subset: str
-    tokens: bytes
+    tokens: bytes | SharedBytes
     lengths: bytes
     text_bytes: int
     replaced_surrogates: int
@@ -125,21 +126,25 @@ def tokenize_block(settings: Settings, block: Block) -> TokenizedBlock:
             group.documents += document
             group.lengths.append(sum(map(len, document)))
     engine.trim()
+    ids = [_joined(group, dtype) for group in groups.values()]
+    stored = block.put_beside(ids) if isinstance(block, SharedBlock) else ids
     return TokenizedBlock(
-        tuple(_packed(key, subset, group, dtype) for (key, subset), group in groups.items()),
+        tuple(
+            TokenizedGroup(
+                key=key,
+                subset=subset,
+                tokens=tokens,
+                lengths=np.array(group.lengths, dtype=np.int32).tobytes(),
+                text_bytes=group.text_bytes,
+                replaced_surrogates=group.replaced_surrogates,
+            )
+            for ((key, subset), group), tokens in zip(groups.items(), stored, strict=True)
+        ),
         tuple(bad_lines),
     )
 
 
-def _packed(key: str, subset: str, group: _Group, dtype: type[np.integer]) -> TokenizedGroup:
+def _joined(group: _Group, dtype: type[np.integer]) -> bytes:
     documents = group.documents or [np.empty(0, dtype)]
     # The ids are below the vocabulary's size; the parent checks it again on what it gets.
-    tokens = np.concatenate(documents, dtype=dtype, casting="unsafe")
-    return TokenizedGroup(
-        key=key,
-        subset=subset,
-        tokens=tokens.tobytes(),
-        lengths=np.array(group.lengths, dtype=np.int32).tobytes(),
-        text_bytes=group.text_bytes,
-        replaced_surrogates=group.replaced_surrogates,
-    )
+    return np.concatenate(documents, dtype=dtype, casting="unsafe").tobytes()

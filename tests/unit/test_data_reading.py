@@ -20,6 +20,7 @@ from litespark.data.reading import (
     ReadingElsewhere,
     ReadingHere,
     SharedBlock,
+    SharedBytes,
     can_read_elsewhere,
 )
 from litespark.errors import UserError
@@ -28,9 +29,18 @@ pytestmark = pytest.mark.skipif(not can_read_elsewhere(), reason="needs memfd an
 
 
 @pytest.fixture(scope="module")
-def pool():
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield pool
+def pools():
+    spawn = get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, mp_context=spawn) as first,
+        ProcessPoolExecutor(1, mp_context=spawn) as second,
+    ):
+        yield [first, second]
+
+
+@pytest.fixture
+def pool(pools):
+    return pools[0]
 
 
 @pytest.fixture
@@ -71,7 +81,7 @@ def everything(reading):
 def test_another_process_reads_the_same(pool, sources, place):
     inputs = Inputs(sources, block_bytes=2000, **place)
     here = everything(ReadingHere(inputs))
-    assert everything(ReadingElsewhere(pool, inputs, 3)) == here
+    assert everything(ReadingElsewhere([pool], inputs, 3)) == here
     assert len(here) > 20  # more than there are slots
     assert here[-1].block is None
     digests = dict(pair for read in here for pair in read.ended)
@@ -83,8 +93,40 @@ def test_another_process_reads_the_same(pool, sources, place):
     }
 
 
+@pytest.mark.parametrize("place", [{}, {"done_sources": frozenset({0, 1}), "first_source": 3}])
+def test_two_processes_read_the_same_in_the_same_order(pools, sources, place):
+    inputs = Inputs(sources, block_bytes=2000, **place)
+    here = everything(ReadingHere(inputs))
+    there = everything(ReadingElsewhere(pools, inputs, 3))
+    assert [read.block for read in there] == [read.block for read in here]
+    assert [read.number for read in there] == [read.number for read in here]
+    known_here: dict[int, str] = {}
+    known_there: dict[int, str] = {}
+    for one, other in zip(here, there, strict=True):  # a file's end is known when the next block is
+        known_here.update(one.ended)
+        known_there.update(other.ended)
+        assert known_here.items() <= known_there.items()
+    assert known_here == known_there
+    assert there[-1].read_bytes == here[-1].read_bytes
+
+
+def test_ids_lie_beside_the_text(pool, sources):
+    reading = ReadingElsewhere([pool], Inputs(sources[:1], block_bytes=2000), 100)
+    blocks = [read.block for read in reading if read.block is not None]
+    texts = [block.load() for block in blocks]
+    room = SLOT_BYTES - blocks[0].data.size_bytes
+    parts = [b"a" * 13, b"b" * (room - 100), b"c" * 200, b"d" * 8]
+    stored = [block.put_beside(parts) for block in blocks]
+    for one in stored:
+        assert [bytes(p.view()) if isinstance(p, SharedBytes) else p for p in one] == parts
+        assert [isinstance(part, SharedBytes) for part in one] == [True, True, False, True]
+        assert all(p.offset_bytes % 8 == 0 for p in one if isinstance(p, SharedBytes))
+    assert [block.load() for block in blocks] == texts
+    reading.close()
+
+
 def test_blocks_lie_in_shared_memory_unless_they_are_too_large(pool, sources):
-    reading = ReadingElsewhere(pool, Inputs(sources[4:5], block_bytes=2000), 100)
+    reading = ReadingElsewhere([pool], Inputs(sources[4:5], block_bytes=2000), 100)
     kinds = [type(read.block) for read in reading]
     reading.close()
     assert kinds.count(SharedBlock) > 10
@@ -94,7 +136,7 @@ def test_blocks_lie_in_shared_memory_unless_they_are_too_large(pool, sources):
 def test_a_block_keeps_its_data_until_it_is_released(pool, sources):
     inputs = Inputs(sources[:1], block_bytes=2000)
     expected = [read.block for read in ReadingHere(inputs)][:5]
-    reading = ReadingElsewhere(pool, inputs, 5)
+    reading = ReadingElsewhere([pool], inputs, 5)
     reads = iter(reading)
     blocks = [next(reads).block for _ in range(5)]  # read ahead meanwhile: four more
     assert [block.load() for block in blocks] == expected
@@ -104,7 +146,7 @@ def test_a_block_keeps_its_data_until_it_is_released(pool, sources):
 def test_what_is_wrong_with_a_file_is_told_where_it_is_met(pool, sources, tmp_path):
     path = tmp_path / "broken.jsonl.zst"
     path.write_bytes(zstandard.compress(b'{"text": "x"}\n' * 100000)[:-20])
-    reading = ReadingElsewhere(pool, Inputs([sources[0], Source(str(path), "b")]), 3)
+    reading = ReadingElsewhere([pool], Inputs([sources[0], Source(str(path), "b")]), 3)
     assert next(iter(reading)).number == 0
     with pytest.raises(UserError, match="cannot be read to its end") as caught:
         everything(reading)
@@ -114,7 +156,7 @@ def test_what_is_wrong_with_a_file_is_told_where_it_is_met(pool, sources, tmp_pa
 
 def test_a_dead_reader_is_noticed(sources):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        reading = ReadingElsewhere(pool, Inputs(sources[:1], block_bytes=2000), 3)
+        reading = ReadingElsewhere([pool], Inputs(sources[:1], block_bytes=2000), 3)
         next(iter(reading))
         for process in pool._processes.values():
             process.kill()
