@@ -245,7 +245,7 @@ def main() -> None:
         result = {
             "input": {"name": text.name, "bytes": text.stat().st_size, "copies": args.copies},
             "workers": args.workers,
-            "machine": {"processor": platform.processor(), "cores": psutil.cpu_count()},
+            "machine": {"processor": platform.processor(), "cores": len(os.sched_getaffinity(0))},
             "python": platform.python_version(),
             "gigatoken": version("gigatoken"),
             "best": table,
