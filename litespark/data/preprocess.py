@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -42,7 +42,14 @@ from litespark.data.output import (
     unusable_output,
 )
 from litespark.data.readers import Source, find_sources, iterate_blocks
-from litespark.data.reading import Block, ReadingElsewhere, ReadingHere, can_read_elsewhere
+from litespark.data.reading import (
+    Block,
+    Inputs,
+    Reading,
+    ReadingElsewhere,
+    ReadingHere,
+    can_read_elsewhere,
+)
 from litespark.data.tokenizers import Tokenizer, load_tokenizer
 from litespark.data.work import WorkFolder
 from litespark.errors import LitesparkError, UserError
@@ -122,7 +129,10 @@ def _preprocess(
         job = Job(options, tokenizer, sources, work, report)
         job.begin(say)
         if not job.is_sealed:
-            _tokenize(job, tokenizer, pools, work.path, say)
+            with _opened(pools, job.inputs(), options.workers) as text:
+                _tokenize(job, tokenizer, pools.tokenizing, text, work.path, say)
+            for pool in (pools.tokenizing, *pools.reading):
+                pool.shutdown(wait=False)  # the processes end while the shards are sealed
             job.seal()
         manifests = job.publish()
         work.mark_done()
@@ -244,19 +254,28 @@ def _started_pool(num_workers: int, warm_up: Callable[[], None]) -> Iterator[Pro
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _opened(pools: _Pools, inputs: Inputs, num_workers: int) -> Iterator[Reading]:
+    if not pools.reading:
+        yield ReadingHere(inputs)
+        return
+    text = ReadingElsewhere(pools.reading, inputs, num_workers * IN_FLIGHT_PER_WORKER)
+    try:
+        yield text
+    finally:
+        text.close()
+
+
 def _tokenize(
     job: Job,
     tokenizer: Tokenizer,
-    pools: _Pools,
+    pool: ProcessPoolExecutor,
+    text: Reading,
     work: Path,
     say: Callable[[str], None],
 ) -> None:
     """Run all blocks that are left through the workers."""
-    options, pool, readers = job.options, pools.tokenizing, pools.reading
-    most_in_flight = options.workers * IN_FLIGHT_PER_WORKER
-    inputs = job.inputs()
-    text = ReadingElsewhere(readers, inputs, most_in_flight) if readers else ReadingHere(inputs)
-    blocks = job.blocks(text)
+    options, blocks = job.options, job.blocks(text)
     model_path = work / _MODEL_NAME
     settings = _settings(options, tokenizer, model_path)
     in_flight: _InFlight = []
@@ -268,26 +287,23 @@ def _tokenize(
         texts = probe_texts(tokenizer, _first_documents(options, job.sources))
         tried = pool.submit(workers.try_engine, settings, texts)
         # Blocks follow at once; what became of them is dropped where the engine is not right.
-        for block in islice(blocks, most_in_flight):
+        for block in islice(blocks, options.workers * IN_FLIGHT_PER_WORKER):
             in_flight.append((block, pool.submit(workers.tokenize_block, settings, block)))
         # Reading the reference takes as long as loading the engine, which goes on meanwhile.
-        expected = [tokenizer.encode(text) for text in texts]
+        expected = [tokenizer.encode(probe) for probe in texts]
         ids = tried.result()
         reason = ids if isinstance(ids, str) else reason_against(texts, ids, expected)
     if reason is not None:
         say(f"note: {reason}; the reference tokenizer is used, which takes several times longer")
         settings = replace(settings, model_path=None)
-        for _, future in in_flight:
-            future.cancel()
+        # One that still runs would leave its ids where those of the next try will be.
+        wait([future for _, future in in_flight if not future.cancel()])
         blocks = chain([block for block, _ in in_flight], blocks)
         in_flight = []
     tokenize = partial(workers.tokenize_block, settings)
     for block, result in results_in_order(pool, tokenize, blocks, options.workers, in_flight):
         job.take(block, result)
         text.release(block)
-    text.close()
-    for one in (pool, *readers):
-        one.shutdown(wait=False)  # the processes end while the shards are sealed
 
 
 def _settings(

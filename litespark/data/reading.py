@@ -128,11 +128,7 @@ class Reading(Protocol):
     def __iter__(self) -> Iterator[Read]: ...
 
     def release(self, block: Block) -> None:
-        """Say that nobody needs the block's data any more."""
-        ...
-
-    def close(self) -> None:
-        """End the reading; to be called at its end, at the latest by the end of the process."""
+        """Say that nobody needs the block's data any more, nor ids beside it."""
         ...
 
 
@@ -184,9 +180,6 @@ class ReadingHere:
 
     def release(self, block: Block) -> None:
         """Nothing is kept here."""
-
-    def close(self) -> None:
-        """Nothing is held here."""
 
 
 class ReadingElsewhere:

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litespark.data import engine as module
+from litespark.data import job as job_module
+from litespark.data import readers
 from litespark.data.edge_strings import EDGE_STRINGS
 from litespark.data.engine import (
     FastEngine,
@@ -216,15 +218,24 @@ def test_a_wrong_engine_is_caught_by_the_users_own_documents(tokenizers, monkeyp
     assert "and the rest" in reason
 
 
-def test_job_with_a_wrong_engine_is_redone_by_the_reference(tokenizers, tmp_path, monkeypatch):
-    """Blocks that the wrong engine was given already are dropped, and none is lost."""
+@pytest.mark.parametrize("workers", [1, 4])
+def test_job_with_a_wrong_engine_is_redone_by_the_reference(
+    tokenizers, tmp_path, monkeypatch, workers
+):
+    """Blocks that the wrong engine was given already are dropped, and none is lost.
+
+    Nor are its ids, which four workers leave in shared memory, taken for the reference's.
+    """
+    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
+    monkeypatch.setattr(job_module, "BLOCK_BYTES", 2000)
     tokenizer = tokenizers["sentencepiece"]
     data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS), []
     value = json.loads(tokenizer.plain_json())
     value["model"]["merges"] = value["model"]["merges"][:50]
     wrong = json.dumps(value).encode()
     monkeypatch.setattr(type(tokenizer), "plain_json", lambda self: wrong)
-    job = PreprocessOptions((str(data),), str(tokenizer.path), str(tmp_path / "out"))
+    out = str(tmp_path / "out")
+    job = PreprocessOptions((str(data),), str(tokenizer.path), out, workers=workers)
     preprocess(job, say=said.append)
     assert "gigatoken gives other ids than the reference" in said[0]
     reader = IndexedReader(tmp_path / "out_text_document")

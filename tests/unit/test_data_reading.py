@@ -69,7 +69,8 @@ def everything(reading):
         found.append(replace(read, block=block))
         if read.block is not None:
             reading.release(read.block)
-    reading.close()
+    if isinstance(reading, ReadingElsewhere):
+        reading.close()
     return found
 
 
