@@ -181,10 +181,11 @@ class Job:
         passed = self.inputs().done_sources
         passed_bytes = sum(self._versions[number].size_bytes for number in passed)
         for read in reading:
-            self._digests.update(read.ended)
             self._read_bytes = passed_bytes + read.read_bytes
-            self.progress.files_begun = min(read.number + 1, len(self.sources))
-            if read.block is not None:
+            self.progress.files_begun = read.number + 1
+            if read.block is None:
+                self._digests[read.number] = read.sha256
+            else:
                 yield read.block
 
     def take(self, block: Block, result: workers.TokenizedBlock) -> None:

@@ -107,23 +107,23 @@ Block = LineBlock | SharedBlock
 
 @dataclass(frozen=True)
 class Read:
-    """The next block, and what is known when it has been read.
+    """The next block, or the end of a file.
 
     Attributes:
-        number: of the block's file; of all files when the end is reached.
-        block: None at the end.
+        number: of the file.
         read_bytes: of the files themselves, so far.
-        ended: (number, SHA-256) of the files that were found to end before this block.
+        block: None at the file's end.
+        sha256: of the file, at its end.
     """
 
     number: int
-    block: Block | None
     read_bytes: int
-    ended: tuple[tuple[int, str], ...]
+    block: Block | None = None
+    sha256: str = ""
 
 
 class Reading(Protocol):
-    """All blocks in order, and then one `Read` without a block."""
+    """All blocks in order, and the end of each file."""
 
     def __iter__(self) -> Iterator[Read]: ...
 
@@ -132,20 +132,18 @@ class Reading(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A `Read` whose block is still in pieces."""
+class _Cut(NamedTuple):
+    """What a `Read` is made of: its block is still in pieces, of which there are none at an end."""
 
     number: int
-    first_line: int
-    pieces: list[bytes]
     read_bytes: int
-    ended: tuple[tuple[int, str], ...]
+    first_line: int = 0
+    pieces: Sequence[bytes] | None = None
+    sha256: str = ""
 
 
 def _cuts(inputs: Inputs) -> Iterator[_Cut]:
     meter = Meter()
-    ended: tuple[tuple[int, str], ...] = ()
     for number, source in enumerate(inputs.sources):
         if number in inputs.done_sources:
             continue
@@ -154,10 +152,8 @@ def _cuts(inputs: Inputs) -> Iterator[_Cut]:
             if done > 0:
                 done -= 1
                 continue
-            yield _Cut(number, first_line, pieces, meter.read_bytes, ended)
-            ended = ()
-        ended = (*ended, (number, meter.sha256()))
-    yield _Cut(len(inputs.sources), 0, [], meter.read_bytes, ended)
+            yield _Cut(number, meter.read_bytes, first_line, pieces)
+        yield _Cut(number, meter.read_bytes, sha256=meter.sha256())
 
 
 class ReadingHere:
@@ -171,12 +167,12 @@ class ReadingHere:
         self._inputs = inputs
 
     def __iter__(self) -> Iterator[Read]:
-        sources = self._inputs.sources
-        for cut in _cuts(self._inputs):
-            block = None
-            if cut.number < len(sources):
-                block = LineBlock(sources[cut.number], cut.first_line, b"".join(cut.pieces))
-            yield Read(cut.number, block, cut.read_bytes, cut.ended)
+        for number, read_bytes, first_line, pieces, sha256 in _cuts(self._inputs):
+            if pieces is None:
+                yield Read(number, read_bytes, sha256=sha256)
+            else:
+                source = self._inputs.sources[number]
+                yield Read(number, read_bytes, LineBlock(source, first_line, b"".join(pieces)))
 
     def release(self, block: Block) -> None:
         """Nothing is kept here."""
@@ -208,20 +204,14 @@ class ReadingElsewhere:
         self._lane_of = {lane.memory.name: lane for lane in self._lanes}
 
     def __iter__(self) -> Iterator[Read]:
-        ended: tuple[tuple[int, str], ...] = ()
         for number in range(len(self._inputs.sources)):
             if number in self._inputs.done_sources:
                 continue
-            lane = self._lanes[number % len(self._lanes)]
-            while lane.next().number == number:
+            lane, read = self._lanes[number % len(self._lanes)], None
+            while read is None or read.block is not None:
                 read = lane.take()
-                yield replace(read, read_bytes=self._read_bytes(), ended=(*ended, *read.ended))
-                ended = ()
-            ended = (*ended, *lane.take_ended())
-        yield Read(len(self._inputs.sources), None, self._read_bytes(), ended)
-
-    def _read_bytes(self) -> int:
-        return sum(lane.read_bytes for lane in self._lanes)
+                read_bytes = sum(lane.read_bytes for lane in self._lanes)
+                yield replace(read, read_bytes=read_bytes)
 
     def release(self, block: Block) -> None:
         """Let the block's slot be used again."""
@@ -247,40 +237,26 @@ class _Lane:
         self.memory = _Memory(num_slots * SLOT_BYTES)
         self.read_bytes = 0
         self._free = [slot * SLOT_BYTES for slot in reversed(range(num_slots))]
-        self._asked: deque[tuple[int, Future[Read]]] = deque()
-        self._next: Read | None = None
-        self._has_ended = False
+        self._asked: deque[tuple[int, Future[Read | None]]] = deque()
         self._begun = pool.submit(_begin, inputs, self.memory.name)
         self._ask()
 
     def _ask(self) -> None:
-        while self._free and len(self._asked) < _READ_AHEAD_BLOCKS and not self._has_ended:
+        while self._free and len(self._asked) < _READ_AHEAD_BLOCKS:
             slot = self._free.pop()  # the one used last: the fewer are used, the less memory
             self._asked.append((slot, self._pool.submit(_read_next, slot)))
 
-    def next(self) -> Read:
-        """Return what `take` will."""
-        if self._next is None:
-            self._begun.result()
-            slot, future = self._asked.popleft()
-            self._next = read = future.result()
-            self._has_ended = read.block is None
-            if not isinstance(read.block, SharedBlock):  # too large for the slot, which is free
-                self._free.append(slot)
-            self._ask()
-        return self._next
-
     def take(self) -> Read:
-        """Return what is read next."""
-        read, self._next = self.next(), None
+        """Return what is read next, which must not be beyond the last file's end."""
+        self._begun.result()
+        slot, future = self._asked.popleft()
+        read = future.result()
+        assert read is not None, "nobody asks after the last file's end"
+        if not isinstance(read.block, SharedBlock):  # an end, or too large for the slot
+            self._free.append(slot)
+        self._ask()
         self.read_bytes = read.read_bytes
         return read
-
-    def take_ended(self) -> tuple[tuple[int, str], ...]:
-        """Return what `take` would say of the files that have ended, and let it say no more."""
-        read = self.next()
-        self._next = replace(read, ended=())
-        return read.ended
 
     def release(self, slot: int) -> None:
         """Let a slot be used again."""
@@ -334,23 +310,23 @@ class _Reader:
         self._cuts = _cuts(inputs)
         self._memory = memory
 
-    def read_next(self, slot: int) -> Read:
+    def read_next(self, slot: int) -> Read | None:
+        """Put the next block into a slot; None when all is read, for it is asked ahead."""
         cut = next(self._cuts, None)
-        if cut is None or cut.number == len(self._sources):  # it is asked on after the end
-            at_end = (cut.read_bytes, cut.ended) if cut else (0, ())
-            return Read(len(self._sources), None, *at_end)
-        source, size_bytes = self._sources[cut.number], sum(map(len, cut.pieces))
-        block: Block
+        if cut is None:
+            return None
+        number, read_bytes, first_line, pieces, sha256 = cut
+        if pieces is None:
+            return Read(number, read_bytes, sha256=sha256)
+        source, size_bytes = self._sources[number], sum(map(len, pieces))
         if size_bytes > SLOT_BYTES:
-            block = LineBlock(source, cut.first_line, b"".join(cut.pieces))
-        else:
-            memory, place = _mapped(self._memory), slot
-            for piece in cut.pieces:
-                memory[place : place + len(piece)] = piece
-                place += len(piece)
-            data = SharedBytes(self._memory, slot, size_bytes)
-            block = SharedBlock(source, cut.first_line, data)
-        return Read(cut.number, block, cut.read_bytes, cut.ended)
+            return Read(number, read_bytes, LineBlock(source, first_line, b"".join(pieces)))
+        memory, place = _mapped(self._memory), slot
+        for piece in pieces:
+            memory[place : place + len(piece)] = piece
+            place += len(piece)
+        data = SharedBytes(self._memory, slot, size_bytes)
+        return Read(number, read_bytes, SharedBlock(source, first_line, data))
 
 
 _reader: _Reader | None = None
@@ -361,6 +337,6 @@ def _begin(inputs: Inputs, memory: _MemoryName) -> None:
     _reader = _Reader(inputs, memory)
 
 
-def _read_next(slot: int) -> Read:
+def _read_next(slot: int) -> Read | None:
     assert _reader is not None
     return _reader.read_next(slot)
