@@ -20,7 +20,7 @@ import itertools
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -132,17 +132,8 @@ class Reading(Protocol):
         ...
 
 
-class _Cut(NamedTuple):
-    """What a `Read` is made of: its block is still in pieces, of which there are none at an end."""
-
-    number: int
-    read_bytes: int
-    first_line: int = 0
-    pieces: Sequence[bytes] | None = None
-    sha256: str = ""
-
-
-def _cuts(inputs: Inputs) -> Iterator[_Cut]:
+def _reads(inputs: Inputs, keep: Callable[[Source, int, Sequence[bytes]], Block]) -> Iterator[Read]:
+    """Read everything; `keep` makes a block of a file, its first line's number and its pieces."""
     meter = Meter()
     for number, source in enumerate(inputs.sources):
         if number in inputs.done_sources:
@@ -152,8 +143,12 @@ def _cuts(inputs: Inputs) -> Iterator[_Cut]:
             if done > 0:
                 done -= 1
                 continue
-            yield _Cut(number, meter.read_bytes, first_line, pieces)
-        yield _Cut(number, meter.read_bytes, sha256=meter.sha256())
+            yield Read(number, meter.read_bytes, keep(source, first_line, pieces))
+        yield Read(number, meter.read_bytes, sha256=meter.sha256())
+
+
+def _joined(source: Source, first_line: int, pieces: Sequence[bytes]) -> LineBlock:
+    return LineBlock(source, first_line, b"".join(pieces))
 
 
 class ReadingHere:
@@ -167,12 +162,7 @@ class ReadingHere:
         self._inputs = inputs
 
     def __iter__(self) -> Iterator[Read]:
-        for number, read_bytes, first_line, pieces, sha256 in _cuts(self._inputs):
-            if pieces is None:
-                yield Read(number, read_bytes, sha256=sha256)
-            else:
-                source = self._inputs.sources[number]
-                yield Read(number, read_bytes, LineBlock(source, first_line, b"".join(pieces)))
+        return _reads(self._inputs, _joined)
 
     def release(self, block: Block) -> None:
         """Nothing is kept here."""
@@ -306,27 +296,24 @@ class _Reader:
     """What the reading process keeps between calls."""
 
     def __init__(self, inputs: Inputs, memory: _MemoryName) -> None:
-        self._sources = inputs.sources
-        self._cuts = _cuts(inputs)
+        self._reads = _reads(inputs, self._put)
         self._memory = memory
+        self._slot = 0
 
     def read_next(self, slot: int) -> Read | None:
         """Put the next block into a slot; None when all is read, for it is asked ahead."""
-        cut = next(self._cuts, None)
-        if cut is None:
-            return None
-        number, read_bytes, first_line, pieces, sha256 = cut
-        if pieces is None:
-            return Read(number, read_bytes, sha256=sha256)
-        source, size_bytes = self._sources[number], sum(map(len, pieces))
+        self._slot = slot
+        return next(self._reads, None)
+
+    def _put(self, source: Source, first_line: int, pieces: Sequence[bytes]) -> Block:
+        size_bytes = sum(map(len, pieces))
         if size_bytes > SLOT_BYTES:
-            return Read(number, read_bytes, LineBlock(source, first_line, b"".join(pieces)))
-        memory, place = _mapped(self._memory), slot
+            return _joined(source, first_line, pieces)
+        memory, place = _mapped(self._memory), self._slot
         for piece in pieces:
             memory[place : place + len(piece)] = piece
             place += len(piece)
-        data = SharedBytes(self._memory, slot, size_bytes)
-        return Read(number, read_bytes, SharedBlock(source, first_line, data))
+        return SharedBlock(source, first_line, SharedBytes(self._memory, self._slot, size_bytes))
 
 
 _reader: _Reader | None = None

@@ -55,11 +55,8 @@ def fit_this_device(states: dict[str, Any]) -> bool:
     Raises:
         KeyError, TypeError, ValueError: they are not what `random_states` returns.
     """
-    states_of_gpu = [
-        state.numel() == _GPU_STATE_BYTES
-        for state in (_to_tensor(states["torch_device"]), torch.cuda.get_rng_state())
-    ]
-    return states_of_gpu[0] == states_of_gpu[1]
+    saved, own = _to_tensor(states["torch_device"]), torch.cuda.get_rng_state()
+    return (saved.numel() == _GPU_STATE_BYTES) == (own.numel() == _GPU_STATE_BYTES)
 
 
 def set_random_states(states: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ import pydoc_data.topics
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from litespark.data import job, readers
 from litespark.data.indexed import IndexedWriter
 
 # `pydoc_data.topics` holds long help texts; a paragraph makes a document of realistic size.
@@ -61,6 +63,12 @@ def train_sentencepiece(folder: Path, vocab_size: int = 700, **options: object) 
         **(settings | options),
     )
     return folder
+
+
+def make_blocks_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few documents, so that a small input keeps several processes busy."""
+    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
+    monkeypatch.setattr(job, "BLOCK_BYTES", 2000)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

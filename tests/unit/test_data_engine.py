@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litespark.data import engine as module
-from litespark.data import job as job_module
-from litespark.data import readers
 from litespark.data.edge_strings import EDGE_STRINGS
 from litespark.data.engine import (
     FastEngine,
@@ -27,7 +25,13 @@ from litespark.data.indexed import IndexedReader
 from litespark.data.options import PreprocessOptions
 from litespark.data.preprocess import preprocess
 from litespark.data.tokenizers import load_tokenizer
-from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece, write_jsonl
+from tests.support.data import (
+    PARAGRAPHS,
+    make_blocks_small,
+    train_json_tokenizer,
+    train_sentencepiece,
+    write_jsonl,
+)
 
 KINDS = ["sentencepiece", "llama_json", "byte_level", "llama3", "tekken"]
 
@@ -226,8 +230,7 @@ def test_job_with_a_wrong_engine_is_redone_by_the_reference(
 
     Nor are its ids, which four workers leave in shared memory, taken for the reference's.
     """
-    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
-    monkeypatch.setattr(job_module, "BLOCK_BYTES", 2000)
+    make_blocks_small(monkeypatch)
     tokenizer = tokenizers["sentencepiece"]
     data, said = write_jsonl(tmp_path / "a.jsonl", PARAGRAPHS), []
     value = json.loads(tokenizer.plain_json())

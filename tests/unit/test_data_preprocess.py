@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from litespark.data import job, readers
+from litespark.data import job
 from litespark.data import preprocess as preprocess_module
 from litespark.data.indexed import IndexedReader
 from litespark.data.manifest import manifest_path, read_manifest
@@ -25,7 +25,13 @@ from litespark.data.preprocess import PreprocessOptions, preprocess
 from litespark.data.tokenizers import load_tokenizer
 from litespark.data.verify import verify_shard
 from litespark.errors import LitesparkError, UserError
-from tests.support.data import PARAGRAPHS, train_json_tokenizer, train_sentencepiece, write_jsonl
+from tests.support.data import (
+    PARAGRAPHS,
+    make_blocks_small,
+    train_json_tokenizer,
+    train_sentencepiece,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [*PARAGRAPHS[:400], "", "a</s>b", *PARAGRAPHS[400:500], ""]
@@ -44,8 +50,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few documents, so that a small input keeps several workers busy."""
-    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
-    monkeypatch.setattr(job, "BLOCK_BYTES", 2000)
+    make_blocks_small(monkeypatch)
 
 
 def options(tmp_path, tokenizer, data, **changes):

@@ -132,7 +132,7 @@ def test_a_block_keeps_its_data_until_it_is_released(pool, sources):
     expected = [read.block for read in ReadingHere(inputs)][:5]
     reading = ReadingElsewhere([pool], inputs, 5)
     reads = iter(reading)
-    blocks = [next(reads).block for _ in range(5)]  # read ahead meanwhile: four more
+    blocks = [next(reads).block for _ in range(5)]  # more are read ahead meanwhile
     assert [block.load() for block in blocks] == expected
     reading.close()
 

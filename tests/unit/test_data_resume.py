@@ -16,13 +16,12 @@ import pytest
 from litespark.data import job as job_module
 from litespark.data import parquet as parquet_module
 from litespark.data import preprocess as module
-from litespark.data import readers
 from litespark.data.manifest import read_manifest
 from litespark.data.options import PreprocessOptions
 from litespark.data.preprocess import preprocess
 from litespark.data.work import WorkFolder
 from litespark.errors import LitesparkError, UserError
-from tests.support.data import PARAGRAPHS, train_json_tokenizer, write_jsonl
+from tests.support.data import PARAGRAPHS, make_blocks_small, train_json_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SETS = ["RedPajamaC4", "RedPajamaBook", "RedPajamaGithub"]
@@ -51,8 +50,7 @@ def data(tmp_path):
 @pytest.fixture
 def commits(monkeypatch):
     """Small blocks, and a commit after each."""
-    monkeypatch.setattr(readers.iterate_blocks, "__defaults__", (2000, None, ()))
-    monkeypatch.setattr(job_module, "BLOCK_BYTES", 2000)
+    make_blocks_small(monkeypatch)
     monkeypatch.setattr(job_module, "COMMIT_SECONDS", 0.0)
 
 
